@@ -1,0 +1,74 @@
+"""What an algorithm is to the engine: the models it needs, the data it reads, and a loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from megatron_aligndistil.config import Section
+from megatron_aligndistil.data.batch import Responses
+from megatron_aligndistil.ops.head import LMHead
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a frozen model says about a micro-batch. Which part is present is the algorithm's declaration.
+
+    Attributes:
+        head: whole distributions ("distribution"), without gradient; None where only log-probabilities were asked for.
+        logprobs_T: log-probability of each response token, in nats ("logprobs").
+    """
+
+    head: LMHead | None = None
+    logprobs_T: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss as a sum and a count: the engine divides once, by the count over the whole global batch.
+
+    Attributes:
+        loss_sum: scalar with gradient; sum over this micro-batch's units (tokens, sequences or pairs).
+        count: how many units were summed (a scalar int64 tensor).
+        metrics: name -> (sum, count), detached scalars, reduced like the loss.
+    """
+
+    loss_sum: Tensor
+    count: Tensor
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Algorithm(ABC):
+    """One algorithm. Subclasses live in one file each and never touch process groups or Megatron.
+
+    Attributes:
+        name: what `algorithm.name` says in a configuration.
+        Config: its settings, with published defaults.
+        data: "responses" for single responses, "pairs" for preference pairs.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[Section]]
+    data: ClassVar[Literal["responses", "pairs"]]
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the models that are trained together on the same batches, all from `models.policy`."""
+        return ("policy",)
+
+    @property
+    def frozen(self) -> Mapping[str, Literal["logprobs", "distribution"]]:
+        """Frozen models by name ("reference", "dpo", "reverse") and what is needed of each."""
+        return {}
+
+    @abstractmethod
+    def loss(self, model: str, head: LMHead, responses: Responses, frozen: Mapping[str, Frozen]) -> LossOutput:
+        """The loss of the trained model named `model` on one micro-batch.
+
+        Runs on the last pipeline stage, on every tensor parallel rank alike; may issue collectives only on
+        ``head.shard.tp_group``. Must give the same total however a batch is cut into micro-batches.
+        """
