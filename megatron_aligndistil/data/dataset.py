@@ -1,0 +1,143 @@
+"""Examples: one or two rows of tokens each, made from a source of records."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_aligndistil.config import DataConfig
+from megatron_aligndistil.data.forms import TokenTurn, Turn, read_turns
+from megatron_aligndistil.data.records import Record, load_records
+from megatron_aligndistil.data.tokenizer import Tokenizer
+from megatron_aligndistil.data.tokens import Encoder, Row, truncate
+from megatron_aligndistil.errors import DataError
+
+Example = tuple[Row, ...]
+DataForm = Literal["responses", "pairs", "prompts"]
+
+# Records tokenised together: enough for the tokenizer's threads, and little text in memory at once.
+_CHUNK = 1024
+
+
+class TokenDataset(Sequence[Example]):
+    """Examples in the order of their records: (row,), or (chosen, rejected) for a preference pair."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = list(examples)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index):
+        return self._examples[index]
+
+    @property
+    def rows_per_example(self) -> int:
+        """1, or 2 for preference pairs."""
+        return len(self._examples[0]) if self._examples else 1
+
+
+@dataclass
+class DatasetReport:
+    """What became of the records of a source; counts are of examples unless said.
+
+    Attributes:
+        records: records read.
+        examples: examples kept.
+        empty: left out because a response holds nothing that a state could predict.
+        no_room: left out because the prompt alone fills `max_length`.
+        cut_prompts: kept with a prompt that lost its beginning.
+        cut_responses: kept with a response that lost its end, and so its end-of-sequence token.
+        tokens: tokens kept, prompts included.
+    """
+
+    records: int = 0
+    examples: int = 0
+    empty: int = 0
+    no_room: int = 0
+    cut_prompts: int = 0
+    cut_responses: int = 0
+    tokens: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{self.examples:,} examples of {self.tokens:,} tokens from {self.records:,} records"]
+        reasons = {
+            "left out for an empty response": self.empty,
+            "left out because the prompt fills max_length": self.no_room,
+            "with the prompt's beginning cut to max_prompt_length": self.cut_prompts,
+            "with a response's end cut to max_length": self.cut_responses,
+        }
+        return "; ".join(parts + [f"{count:,} {reason}" for reason, count in reasons.items() if count])
+
+
+def load_dataset(
+    config: DataConfig, source: str, tokenizer: Tokenizer, form: DataForm
+) -> tuple[TokenDataset, DatasetReport]:
+    """Read, tokenise and truncate a source of records.
+
+    Args:
+        config: lengths, `max_records`, and which response of a pair is learned where `form` is "responses" ("both"
+            makes two examples of a pair, the chosen response's first).
+        source: what :func:`~megatron_aligndistil.data.records.load_records` reads.
+        form: "responses": (row,); "pairs": (chosen, rejected); "prompts": (row,) that is a prompt only, for generation.
+
+    Raises DataError where a record cannot be used, naming its place, and where no example is left.
+    """
+    encoder = Encoder(tokenizer)
+    report = DatasetReport()
+    examples: list[Example] = []
+    records = load_records(source, config.max_records)
+    for chunk in _chunks(records):
+        turns, places = [], []
+        for record in chunk:
+            for example in _select(record, config, form):
+                turns.append(example)
+                places.append(record.where)
+        rows = iter(
+            encoder.encode(
+                [turn for example in turns for turn in example],
+                [where for example, where in zip(turns, places, strict=True) for _ in example],
+            )
+        )
+        report.records += len(chunk)
+        for example in turns:
+            kept = _fit(tuple(itertools.islice(rows, len(example))), config, form, report)
+            if kept is not None:
+                examples.append(kept)
+    if not examples:
+        raise DataError(f"{source} gives no example to work on: {report}")
+    return TokenDataset(examples), report
+
+
+def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    while chunk := list(itertools.islice(records, _CHUNK)):
+        yield chunk
+
+
+def _select(record: Record, config: DataConfig, form: DataForm) -> Iterable[tuple[Turn | TokenTurn, ...]]:
+    """The examples that a record makes, as turns."""
+    turns = read_turns(record, form)
+    if form == "pairs" or len(turns) == 1:
+        return [turns]
+    chosen, rejected = turns
+    return {"chosen": [(chosen,)], "rejected": [(rejected,)], "both": [(chosen,), (rejected,)]}[config.responses]
+
+
+def _fit(example: Example, config: DataConfig, form: DataForm, report: DatasetReport) -> Example | None:
+    """The example within the limits of length, or None where nothing of a response is left; counted either way."""
+    if form != "prompts" and any(row.num_targets == 0 for row in example):
+        report.empty += 1
+        return None
+    kept = tuple(
+        truncate(row, max_prompt_length=config.max_prompt_length, max_length=config.max_length) for row in example
+    )
+    if form != "prompts" and any(row.num_targets == 0 for row in kept):
+        report.no_room += 1
+        return None
+    report.examples += 1
+    report.tokens += sum(len(row.tokens) for row in kept)
+    report.cut_prompts += any(new.prompt_length < old.prompt_length for new, old in zip(kept, example, strict=True))
+    report.cut_responses += any(new.num_targets < old.num_targets for new, old in zip(kept, example, strict=True))
+    return kept

@@ -1,0 +1,52 @@
+"""Tokenizers: loading one, and the few ids that the rest of the program asks it for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_aligndistil.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer = Any
+
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer kept in a folder, with its chat template where it has one. Nothing is downloaded.
+
+    Raises CheckpointError where the folder holds no tokenizer, or one that transformers cannot read.
+    """
+    folder = Path(folder).expanduser()
+    if not any((folder / name).is_file() for name in _FILES):
+        what = "holds no tokenizer" if folder.is_dir() else "is no folder"
+        raise CheckpointError(
+            f"{folder} {what}; a tokenizer is {_FILES[0]} with {_FILES[2]}, beside the model's weights"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers and tokenizers have no common base for what may be wrong with a file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """The id that fills rows up; padding is never seen by a loss, so any id of the vocabulary serves."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(token) for token in ids if token is not None)
+
+
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """The number of ids that the tokenizer can give, added tokens included; a model may have more rows than that."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids of control tokens, which no ordinary text is split into."""
+    marked = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return frozenset(marked | set(tokenizer.all_special_ids))

@@ -1,0 +1,147 @@
+"""Checkpoints: Megatron's distributed format for training, and finding out what a path holds.
+
+A checkpoint folder ``step_000100`` holds one distributed checkpoint a trained model, ``<name>/``, and ``progress.json``. Inside
+``<name>/``, ``hf/`` keeps config.json and the tokenizer, so that the folder alone says what the model is. A folder that is being
+written is called ``step_000100.partial`` and is renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.utils import unwrap_model
+
+from megatron_aligndistil.engine.hf import load_weights
+from megatron_aligndistil.engine.optimiser import Trained
+from megatron_aligndistil.engine.parallel import Parallel, on_first_rank
+from megatron_aligndistil.errors import CheckpointError
+from megatron_aligndistil.models.architecture import Architecture
+from megatron_aligndistil.models.hf_folder import copy_companions
+
+# Every parameter's optimiser state is saved by itself, so that a checkpoint loads under any layout.
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def is_distributed(path: str | Path) -> bool:
+    """Whether `path` is a model in Megatron's distributed format."""
+    return (Path(path) / "metadata.json").is_file()
+
+
+def description_folder(path: str | Path) -> Path:
+    """The folder with config.json and tokenizer of a checkpoint in either format."""
+    path = Path(path)
+    if is_distributed(path):
+        return path / "hf"
+    if (path / "config.json").is_file():
+        return path
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint at {path}; give a Hugging Face folder or a Megatron distributed checkpoint")
+    inside = sorted(child.name for child in path.iterdir() if is_distributed(child)) if path.is_dir() else []
+    hint = f"; it holds the models {', '.join(inside)}: name one of them" if inside else ""
+    raise CheckpointError(f"{path} is no checkpoint: it has neither config.json nor metadata.json{hint}")
+
+
+def read_architecture(path: str | Path) -> Architecture:
+    """The architecture of a checkpoint in either format."""
+    return Architecture.from_folder(description_folder(path))
+
+
+def _sharded_model(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    # Chunks of one stage hold different layers of one model; their keys carry global layer numbers.
+    return {f"model{index}": unwrap_model(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
+
+
+def load_model(chunks: Sequence[torch.nn.Module], path: str | Path, arch: Architecture, parallel: Parallel) -> None:
+    """Fill this rank's chunks from a Hugging Face folder or a distributed checkpoint saved under any layout."""
+    if not is_distributed(path):
+        load_weights(chunks, path, arch, parallel)
+        return
+    loaded = _load(_sharded_model(chunks), Path(path))
+    for index, chunk in enumerate(chunks):
+        _fill(chunk, loaded[f"model{index}"])
+
+
+def _fill(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
+    parameters = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+    result = unwrap_model(chunk).load_state_dict(parameters, strict=False)
+    missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(f"the checkpoint does not fit the model: missing {missing}, unexpected {result.unexpected_keys}")
+
+
+def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        # Some of Megatron's optimiser states are leaves with gradient, which must not be written in place.
+        with torch.no_grad():
+            return dist_checkpointing.load(sharded, str(path))
+    except Exception as error:
+        raise CheckpointError(f"cannot read the distributed checkpoint {path}: {error}") from error
+
+
+def save_model(chunks: Sequence[torch.nn.Module], path: Path, source: str | Path) -> None:
+    """Save a model without optimiser in the distributed format, with the description found at `source`."""
+    _save(_sharded_model(chunks), path, description_folder(source), chunks)
+
+
+def _save(sharded: dict[str, Any], path: Path, description: Path, chunks: Sequence[torch.nn.Module]) -> None:
+    def prepare() -> None:
+        (path / "hf").mkdir(parents=True, exist_ok=True)
+        dtype = next(unwrap_model(chunks[0]).parameters()).dtype
+        copy_companions(description, path / "hf", Architecture.from_folder(description), dtype)
+
+    on_first_rank(prepare)
+    dist_checkpointing.save(sharded, str(path))
+
+
+def save_training(folder: Path, step: int, trained: Sequence[Trained], source: str | Path, keep: int) -> Path:
+    """Write ``folder/step_N`` with everything needed to go on, complete or absent, and drop all but the newest `keep`."""
+    final = folder / f"step_{step:06d}"
+    partial = final.with_suffix(".partial")
+    on_first_rank(shutil.rmtree, partial, True)
+    for item in trained:
+        sharded = _sharded_model(item.model.chunks)
+        sharded["optimizer"] = item.optimizer.sharded_state_dict(sharded, metadata=_OPTIMIZER_FORMAT)
+        sharded["scheduler"] = item.scheduler.state_dict()
+        _save(sharded, partial / item.name, description_folder(source), item.model.chunks)
+
+    def publish() -> None:
+        (partial / "progress.json").write_text(json.dumps({"step": step, "models": [item.name for item in trained]}))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in _complete(folder)[:-keep]:
+            shutil.rmtree(old)
+
+    on_first_rank(publish)
+    return final
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("step_*/progress.json") if path.parent.suffix != ".partial")
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run, if there is one."""
+    found = _complete(folder)
+    return found[-1] if found else None
+
+
+def resume_training(checkpoint: Path, trained: Sequence[Trained]) -> int:
+    """Load models, optimisers and schedules saved under any layout; returns the step reached."""
+    for item in trained:
+        sharded = _sharded_model(item.model.chunks)
+        sharded["optimizer"] = item.optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_OPTIMIZER_FORMAT)
+        sharded["scheduler"] = item.scheduler.state_dict()
+        loaded = _load(sharded, checkpoint / item.name)
+        for index, chunk in enumerate(item.model.chunks):
+            _fill(chunk, loaded[f"model{index}"])
+        item.optimizer.load_state_dict(loaded["optimizer"])
+        item.scheduler.load_state_dict(loaded["scheduler"])
+    dist.barrier()
+    return json.loads((checkpoint / "progress.json").read_text())["step"]

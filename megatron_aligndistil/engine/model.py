@@ -1,0 +1,181 @@
+"""Megatron-Core GPT models from an architecture description."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_aligndistil.config import PrecisionConfig
+from megatron_aligndistil.engine.parallel import Parallel, dtype_of
+from megatron_aligndistil.errors import ConfigError
+from megatron_aligndistil.models.architecture import Architecture
+from megatron_aligndistil.ops.head import LMHead
+
+
+class HiddenStateGPT(GPTModel):
+    """A GPT whose last stage returns final hidden states [S, B, H] instead of logits.
+
+    Losses form logits themselves, at response positions only, from this and the output layer's shard.
+    """
+
+    def _postprocess(self, hidden_states: Tensor, *_, **__) -> Tensor:
+        return hidden_states
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows of the output layer, padding rows included: [v_padded, H]."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with Megatron's mark for weights whose gradients sequence parallelism must sum."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def check_fits(arch: Architecture, parallel: Parallel) -> None:
+    """Raise ConfigError when the architecture cannot be split as the layout asks."""
+    stages = parallel.pp * parallel.vpp
+    for value, what, size, key in (
+        (arch.num_heads, "attention heads", parallel.tp, "parallel.tp"),
+        (arch.num_kv_heads, "key-value heads", parallel.tp, "parallel.tp"),
+        (arch.ffn_hidden_size, "feed-forward channels", parallel.tp, "parallel.tp"),
+        (arch.num_layers, "layers", stages, "parallel.pp x parallel.vpp"),
+    ):
+        if value % size:
+            raise ConfigError(f"the model's {value} {what} cannot be split over {key} = {size}; choose a divisor of {value}")
+
+
+def transformer_config(
+    arch: Architecture, parallel: Parallel, precision: PrecisionConfig, recompute: str = "none"
+) -> TransformerConfig:
+    """Megatron's configuration for one architecture, layout and precision."""
+    cuda = parallel.backend.is_cuda
+    dtype = dtype_of(precision.dtype, parallel.backend)
+    if precision.fp8 and not cuda:
+        raise ConfigError("precision.fp8 needs a GPU with Transformer Engine, and this machine has none; leave fp8 out")
+    interleaved = parallel.vpp > 1
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if interleaved else None,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp8=precision.fp8,
+        fp8_recipe=precision.fp8_recipe if precision.fp8 else "delayed",
+        # A loss function returns (sum, count, metrics); Megatron divides once, by the count of the global batch.
+        calculate_per_token_loss=True,
+        # Weights are always read or drawn by us after building (engine/hf.py), never initialised by Megatron.
+        perform_initialization=False,
+        use_cpu_initialization=not cuda,
+        bias_activation_fusion=cuda,
+        bias_dropout_fusion=cuda,
+        persist_layer_norm=cuda,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=cuda,
+        gradient_accumulation_fusion=False,
+        # Interleaved stages whose two neighbours are one rank mix up batched messages, without an error.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=True,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+    )
+
+
+def _block_spec(config: TransformerConfig, arch: Architecture, cuda: bool, vp_stage: int | None):
+    """Transformer Engine's layers on CUDA; Megatron's local layers with torch's RMSNorm elsewhere."""
+    if cuda:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    if arch.qk_norm:
+        attention: ModuleSpec = layer.submodules.self_attention
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)
+
+
+def build_model(
+    arch: Architecture, parallel: Parallel, precision: PrecisionConfig, recompute: str = "none"
+) -> list[HiddenStateGPT]:
+    """This rank's chunks of the model (one, or `vpp` under the interleaved schedule), on its device, weights undefined.
+
+    Raises ConfigError when the layout does not fit the architecture.
+    """
+    check_fits(arch, parallel)
+    config = transformer_config(arch, parallel, precision, recompute)
+    chunks = []
+    for chunk in range(parallel.vpp):
+        vp_stage = chunk if parallel.vpp > 1 else None
+        model = HiddenStateGPT(
+            config=config,
+            transformer_layer_spec=_block_spec(config, arch, parallel.backend.is_cuda, vp_stage),
+            vocab_size=arch.padded_vocab_size(parallel.tp),
+            max_sequence_length=arch.max_positions,
+            pre_process=parallel.pp_rank == 0 and chunk == 0,
+            post_process=parallel.is_last_stage and chunk == parallel.vpp - 1,
+            share_embeddings_and_output_weights=arch.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=arch.rope_theta,
+            vp_stage=vp_stage,
+        ).to(device=parallel.backend.device, dtype=config.params_dtype)
+        # Megatron knows one RoPE scaling, with its constants built in; ours comes from the checkpoint's configuration.
+        model.rotary_pos_emb.inv_freq = arch.inverse_frequencies().to(parallel.backend.device)
+        chunks.append(model)
+    return chunks
+
+
+def lm_head(
+    chunk: torch.nn.Module, hidden: Tensor, positions_T: Tensor, arch: Architecture, parallel: Parallel
+) -> LMHead:
+    """The distributions at `positions_T` (indices into B·S) of a last stage's output `hidden` [S, B, H].
+
+    Under sequence parallelism the rows are gathered first (one all-gather over the tensor parallel group; its backward
+    keeps this rank's slice of a gradient that is already the same on every rank).
+    """
+    model = unwrap_model(chunk)
+    if parallel.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=parallel.tp_group)
+    hidden_TH = hidden.transpose(0, 1).reshape(-1, hidden.shape[-1]).index_select(0, positions_T)
+    shard = parallel.vocab_shard(arch.vocab_size, arch.padded_vocab_size(parallel.tp))
+    return LMHead(hidden_TH, model.output_weight()[: shard.size], shard)
+
+
+def freeze(chunks: Sequence[torch.nn.Module]) -> None:
+    """Mark a model as never trained."""
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        chunk.eval()

@@ -1,0 +1,108 @@
+"""A trained model: Megatron's gradient reduction, optimiser and learning rate schedule around it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
+
+from megatron_aligndistil.config import OptimConfig
+from megatron_aligndistil.engine.parallel import Parallel
+from megatron_aligndistil.engine.schedule import Model
+from megatron_aligndistil.models.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One model under training, with its optimiser and schedule."""
+
+    name: str
+    model: Model
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    def zero_grad(self) -> None:
+        """Clear gradient buffers before a step."""
+        for chunk in self.model.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def step(self) -> float:
+        """Clip, update the weights and advance the learning rate; returns the gradient norm before clipping.
+
+        Collectives: one all-reduce of the norm; with the distributed optimiser an all-gather of updated weights.
+        """
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=1)
+        return math.nan if grad_norm is None else float(grad_norm)
+
+    @property
+    def lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+def make_trained(
+    name: str, chunks: Sequence[torch.nn.Module], arch: Architecture, config: OptimConfig, num_steps: int, parallel: Parallel
+) -> Trained:
+    """Wrap `chunks` for training: fp32 gradients summed over data parallel ranks, AdamW with fp32 master weights.
+
+    Gradients are summed, not averaged: the division by the global count happens once, in `finalize_model_grads`.
+    """
+    model_config = get_model_config(chunks[0])
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.distributed,
+        overlap_grad_reduce=parallel.backend.is_cuda,
+    )
+    wrapped = [
+        DistributedDataParallel(model_config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.lr * config.min_lr_ratio,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            adam_eps=config.eps,
+            clip_grad=config.clip,
+            bf16=model_config.bf16,
+            params_dtype=model_config.params_dtype,
+            use_distributed_optimizer=config.distributed,
+        ),
+        wrapped,
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.lr * config.min_lr_ratio,
+        lr_warmup_steps=min(math.ceil(config.warmup * num_steps), num_steps - 1),
+        lr_decay_steps=num_steps,
+        lr_decay_style=config.decay,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=num_steps,
+        wd_incr_style="constant",
+    )
+    # The learning rate of step k is that of k steps done: with a warm-up the first step would have rate 0 and be lost.
+    scheduler.step(increment=1)
+    model_config.finalize_model_grads_func = finalize_model_grads
+    single = len(wrapped) == 1
+    model_config.no_sync_func = wrapped[0].no_sync if single else [chunk.no_sync for chunk in wrapped]
+    if ddp_config.overlap_grad_reduce:
+        starts = [partial(chunk.start_grad_sync) for chunk in wrapped]
+        model_config.grad_sync_func = starts[0] if single else starts
+    model_config.grad_scale_func = optimizer.scale_loss
+    for chunk in wrapped:
+        chunk.train()
+    return Trained(name, Model(wrapped, arch), optimizer, scheduler)

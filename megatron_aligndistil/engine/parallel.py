@@ -1,0 +1,141 @@
+"""The process layout: who computes what. The only module that touches Megatron's global parallel state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_aligndistil.backends import Backend, select
+from megatron_aligndistil.config import ParallelConfig
+from megatron_aligndistil.errors import ConfigError
+from megatron_aligndistil.ops.head import VocabShard
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process's place in the layout TP x PP x DP, with the groups it communicates in.
+
+    Attributes:
+        backend: device and collectives.
+        tp, pp, vpp, dp: sizes; vpp is model chunks per pipeline stage.
+        tp_rank, pp_rank, dp_rank: this process's place along each.
+        tp_group, pp_group, dp_group: process groups along each.
+        sequence_parallel: whether activations are split along the sequence between tensor parallel regions.
+    """
+
+    backend: Backend
+    tp: int
+    pp: int
+    vpp: int
+    dp: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    sequence_parallel: bool
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether losses are computed here."""
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def is_reporter(self) -> bool:
+        """Whether this one process of the last stage reports metrics and progress."""
+        return self.is_last_stage and self.tp_rank == 0 and self.dp_rank == 0
+
+    def vocab_shard(self, vocab_size: int, padded_vocab_size: int) -> VocabShard:
+        """The columns of the vocabulary that this rank holds, padding left out."""
+        per_rank = padded_vocab_size // self.tp
+        start = min(self.tp_rank * per_rank, vocab_size)
+        return VocabShard(start, min(per_rank, vocab_size - start), vocab_size, self.tp_group)
+
+
+def check_layout(config: ParallelConfig, world_size: int) -> int:
+    """The data parallel size of `config` on `world_size` processes. Raises ConfigError when it does not divide."""
+    model_parallel = config.tp * config.pp
+    if world_size % model_parallel:
+        raise ConfigError(
+            f"tp {config.tp} x pp {config.pp} = {model_parallel} does not divide the {world_size} processes started; "
+            f"start a multiple of {model_parallel} processes, or lower tp or pp"
+        )
+    if config.vpp > 1 and config.pp == 1:
+        raise ConfigError(f"vpp {config.vpp} needs a pipeline: set pp to 2 or more, or vpp to 1")
+    if config.sequence_parallel and config.tp == 1:
+        raise ConfigError("sequence_parallel splits work over the tensor parallel group: set tp to 2 or more, or turn it off")
+    return world_size // model_parallel
+
+
+@contextmanager
+def parallel_session(config: ParallelConfig) -> Iterator[Parallel]:
+    """Set up the process group (where torchrun or a test has not) and Megatron's groups for one layout; undo on leaving.
+
+    One process without torchrun's environment becomes a world of one. Several sessions may follow one another in a process,
+    with different layouts.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    backend = select()
+    started_here = not dist.is_initialized()
+    if started_here:
+        for variable, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+            os.environ.setdefault(variable, alone)
+        dist.init_process_group(backend.collectives, timeout=timedelta(minutes=30))
+    dp = check_layout(config, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tp,
+        pipeline_model_parallel_size=config.pp,
+        virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
+    )
+    try:
+        # Nothing here draws random numbers inside a layer (dropout is 0), so Megatron's trackers have nothing to track.
+        tensor_parallel.model_parallel_cuda_manual_seed(0, inference_rng_tracker=True, force_reset_rng=True)
+        yield Parallel(
+            backend=backend,
+            tp=config.tp,
+            pp=config.pp,
+            vpp=config.vpp,
+            dp=dp,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            pp_group=parallel_state.get_pipeline_model_parallel_group(),
+            dp_group=parallel_state.get_data_parallel_group(),
+            sequence_parallel=config.sequence_parallel,
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+    # After an error the process ends, and the group's store is still wanted to report it once (errors in __main__).
+    if started_here:
+        dist.destroy_process_group()
+
+
+def on_first_rank(function, *args):
+    """Run `function` on rank 0 while the others wait; give every rank its result, or its error.
+
+    Collectives: one object broadcast over the world.
+    """
+    outcome: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function(*args)
+        except Exception as error:  # handed to every rank, raised below
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def dtype_of(name: str, backend: Backend) -> torch.dtype:
+    """The torch dtype that `precision.dtype` names."""
+    return {"auto": backend.default_dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[name]

@@ -1,0 +1,233 @@
+"""One training stage, from checkpoints and records to a trained checkpoint, resumable at any step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from megatron_aligndistil import algorithms
+from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput
+from megatron_aligndistil.config import TrainConfig, write_yaml
+from megatron_aligndistil.data.batch import MicroBatch, Responses
+from megatron_aligndistil.data.loader import GlobalBatches
+from megatron_aligndistil.data.tokenizer import load_tokenizer
+from megatron_aligndistil.data.tokens import load_dataset
+from megatron_aligndistil.engine import checkpoint
+from megatron_aligndistil.engine.hf import draw_weights, save_folder
+from megatron_aligndistil.engine.model import build_model, freeze
+from megatron_aligndistil.engine.optimiser import Trained, make_trained
+from megatron_aligndistil.engine.parallel import Parallel, on_first_rank, parallel_session
+from megatron_aligndistil.engine.reporter import Reporter
+from megatron_aligndistil.engine.schedule import Model, check_microbatches, frozen_outputs, losses, reduce_metrics
+from megatron_aligndistil.errors import AlignDistilError, ConfigError
+from megatron_aligndistil.models.architecture import Architecture, require_same
+from megatron_aligndistil.ops.head import LMHead
+
+# Settings that may differ between a run and its continuation.
+_MAY_CHANGE = {("run", key) for key in ("log_every", "eval_every", "save_every", "keep", "wandb", "recompute")}
+_MAY_CHANGE |= {("parallel", key) for key in ("tp", "pp", "vpp", "sequence_parallel")} | {("batch", "micro_size")}
+
+
+def train(config: TrainConfig) -> None:
+    """Run the stage that `config` describes; a run that was cut short goes on from its last checkpoint.
+
+    Writes into ``run.dir``: config.yaml (resolved), metrics.jsonl, tensorboard/, checkpoints/, and one Hugging Face folder a trained
+    model, named after it. Raises AlignDistilError with the remedy for anything the user can mend.
+    """
+    algorithm = algorithms.build(config.algorithm)
+    sources = _sources(config, algorithm)
+    architectures = {name: checkpoint.read_architecture(path) for name, path in sources.items()}
+    require_same(architectures)
+    arch = architectures["policy"]
+    with parallel_session(config.parallel) as parallel:
+        folder = Path(config.run.dir)
+        on_first_rank(_claim_folder, folder, config, algorithm)
+        if all((folder / name / "config.json").is_file() for name in algorithm.trained):
+            if dist.get_rank() == 0:
+                print(f"{folder} is already complete; delete it to train again", flush=True)
+            return
+        _Stage(config, algorithm, sources, arch, parallel).run(folder)
+
+
+def _sources(config: TrainConfig, algorithm: Algorithm) -> dict[str, str]:
+    """Where each model that the algorithm needs comes from."""
+    sources = {"policy": config.models.policy}
+    for name in algorithm.frozen:
+        path = getattr(config.models, name) or (config.models.policy if name == "reference" else None)
+        if path is None:
+            raise ConfigError(f"{algorithm.name} needs a frozen {name} model; set models.{name} to its checkpoint")
+        if name == "reference" and config.models.init == "scratch" and config.models.reference is None:
+            raise ConfigError("a policy drawn from scratch is no reference; set models.reference")
+        sources[name] = path
+    return sources
+
+
+def _claim_folder(folder: Path, config: TrainConfig, algorithm: Algorithm) -> None:
+    """Write the resolved configuration, unless the folder belongs to a different run."""
+    resolved = config.model_dump(mode="json") | {"algorithm": algorithm.config.model_dump(mode="json")}
+    path = folder / "config.yaml"
+    if path.is_file():
+        changed = _changes(yaml.safe_load(path.read_text(encoding="utf-8")), resolved)
+        if changed:
+            raise ConfigError(
+                f"{folder} holds a run with another configuration ({', '.join(changed)}); "
+                "choose another run.dir, or delete that folder"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_yaml(resolved, path)
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    changed = []
+    for section in new:
+        for key in new[section]:
+            before, after = (old.get(section) or {}).get(key), new[section][key]
+            if before != after and (section, key) not in _MAY_CHANGE:
+                changed.append(f"{section}.{key}: {before} there, {after} here")
+    return changed
+
+
+class _Stage:
+    """The models, data and loop of one run."""
+
+    def __init__(
+        self, config: TrainConfig, algorithm: Algorithm, sources: Mapping[str, str], arch: Architecture, parallel: Parallel
+    ) -> None:
+        self.config, self.algorithm, self.sources, self.arch, self.parallel = config, algorithm, sources, arch, parallel
+        self.tokenizer = load_tokenizer(checkpoint.description_folder(sources["policy"]))
+        self.batches = self._batches(config.data.train, training=True)
+        self.eval_batches = self._batches(config.data.eval, training=False) if config.data.eval else None
+        self.num_steps = config.run.steps or config.run.epochs * self.batches.steps_per_epoch
+        check_microbatches(config.batch.global_size // (config.batch.micro_size * parallel.dp), parallel)
+        self.frozen = {name: self._frozen(sources[name]) for name in algorithm.frozen}
+        self.trained = [self._trained(name) for name in algorithm.trained]
+
+    def _batches(self, source: str, training: bool) -> GlobalBatches:
+        config, parallel = self.config, self.parallel
+        dataset, report = load_dataset(config.data, source, self.tokenizer, self.algorithm.data)
+        if parallel.is_reporter:
+            print(f"{source}: {report}", flush=True)
+        if any(row.tokens.max(initial=0) >= self.arch.vocab_size for example in dataset for row in example):
+            raise ConfigError(f"{source} has token ids beyond the model's vocabulary of {self.arch.vocab_size}; is it this model's tokenizer?")
+        longest = max(len(row.tokens) for example in dataset for row in example)
+        if longest > self.arch.max_positions:
+            raise ConfigError(
+                f"{source} has rows of {longest} tokens and the model {self.arch.max_positions} positions; lower data.max_length"
+            )
+        return GlobalBatches(
+            dataset,
+            global_size=config.batch.global_size,
+            micro_size=config.batch.micro_size,
+            dp_rank=parallel.dp_rank,
+            dp_size=parallel.dp,
+            seed=config.run.seed,
+            shuffle=training and config.data.shuffle,
+            drop_last=training,
+            pad_multiple=_pad_multiple(config, parallel),
+            pad_id=self.tokenizer.pad_token_id or 0,
+            shifted_mask=self.algorithm.shifted_mask,
+        )
+
+    def _frozen(self, source: str) -> Model:
+        chunks = build_model(self.arch, self.parallel, self.config.precision)
+        checkpoint.load_model(chunks, source, self.arch, self.parallel)
+        freeze(chunks)
+        return Model(chunks, self.arch)
+
+    def _trained(self, name: str) -> Trained:
+        config = self.config
+        chunks = build_model(self.arch, self.parallel, config.precision, config.run.recompute)
+        if config.models.init == "scratch":
+            draw_weights(chunks, self.arch, self.parallel, config.run.seed)
+        else:
+            checkpoint.load_model(chunks, self.sources["policy"], self.arch, self.parallel)
+        return make_trained(name, chunks, self.arch, config.optim, self.num_steps, self.parallel)
+
+    def run(self, folder: Path) -> None:
+        """Train from the last checkpoint, or the beginning, to the end; save and export."""
+        config = self.config
+        start = 0
+        resumable = checkpoint.latest(folder / "checkpoints")
+        if resumable is not None:
+            start = checkpoint.resume_training(resumable, self.trained)
+        with Reporter(
+            folder, f"{folder.name} ({self.algorithm.name})", self.num_steps, start, self.parallel.is_reporter, config.run.wandb
+        ) as reporter:
+            if resumable is not None:
+                reporter.say(f"going on from {resumable}")
+            for step in range(start, self.num_steps):
+                self._step(step, reporter)
+                done = step + 1
+                last = done == self.num_steps
+                if self.eval_batches and (last or (config.run.eval_every and done % config.run.eval_every == 0)):
+                    reporter.log(done, self._evaluate())
+                if last or (config.run.save_every and done % config.run.save_every == 0):
+                    checkpoint.save_training(
+                        folder / "checkpoints", done, self.trained, self.sources["policy"], config.run.keep
+                    )
+        for item in self.trained:
+            description = checkpoint.description_folder(self.sources["policy"])
+            save_folder(item.model.chunks, self.arch, description, folder / item.name, parallel=self.parallel)
+
+    def _step(self, step: int, reporter: Reporter) -> None:
+        began = time.perf_counter()
+        batches = [batch.to(self.parallel.backend.device) for batch in self.batches.at(step)]
+        frozen = self._frozen_outputs(batches)
+        metrics: dict[str, float] = {}
+        for item in self.trained:
+            item.zero_grad()
+            lr = item.lr
+            outputs = losses(item.model, self._loss(item.name), batches, frozen, self.parallel, backward=True)
+            grad_norm = item.step()
+            if not math.isfinite(grad_norm):
+                raise AlignDistilError(
+                    f"the gradient of {item.name} at step {step + 1} is not finite ({grad_norm}); lower optim.lr, or look at the "
+                    f"records of that step; the last checkpoint is kept in {self.config.run.dir}/checkpoints"
+                )
+            reduced = reduce_metrics(outputs, self.parallel)
+            metrics |= {f"train/{item.name}/{key}": value for key, value in reduced.items()}
+            metrics |= {f"train/{item.name}/lr": lr, f"train/{item.name}/grad_norm": grad_norm}
+        seconds = time.perf_counter() - began
+        tokens_per_second = self.batches.num_tokens(step) / seconds
+        metrics |= {"tokens_per_second": tokens_per_second, "seconds": seconds}
+        if (step + 1) % self.config.run.log_every == 0 or step + 1 == self.num_steps:
+            reporter.log(step + 1, metrics)
+        shown = "  ".join(f"{item.name} loss {metrics.get(f'train/{item.name}/loss', math.nan):.4f}" for item in self.trained)
+        reporter.advance(step + 1, f"{shown}  {tokens_per_second:,.0f} tokens/s")
+
+    def _frozen_outputs(self, batches: Sequence[MicroBatch]) -> list[dict[str, Frozen]]:
+        """For each micro-batch, what every frozen model says about it."""
+        by_model = {
+            name: frozen_outputs(self.frozen[name], need, batches, self.parallel)
+            for name, need in self.algorithm.frozen.items()
+        }
+        return [{name: outputs[index] for name, outputs in by_model.items()} for index in range(len(batches))]
+
+    def _loss(self, name: str) -> Callable[[LMHead, Responses, Mapping[str, Frozen]], LossOutput]:
+        return lambda head, responses, frozen: self.algorithm.loss(name, head, responses, frozen)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Means over the evaluation records of the loss and metrics of every trained model."""
+        assert self.eval_batches is not None
+        outputs: dict[str, list[LossOutput]] = {item.name: [] for item in self.trained}
+        for index in range(self.eval_batches.steps_per_epoch):
+            batches = [batch.to(self.parallel.backend.device) for batch in self.eval_batches.at(index)]
+            frozen = self._frozen_outputs(batches)
+            for item in self.trained:
+                outputs[item.name] += losses(item.model, self._loss(item.name), batches, frozen, self.parallel, backward=False)
+        return {
+            f"eval/{name}/{key}": value
+            for name, collected in outputs.items()
+            for key, value in reduce_metrics(collected, self.parallel).items()
+        }
+
+
+def _pad_multiple(config: TrainConfig, parallel: Parallel) -> int:
+    """What sequence lengths must be a multiple of: tp under sequence parallelism, 16 for FP8 products."""
+    return math.lcm(parallel.tp if parallel.sequence_parallel else 1, 16 if config.precision.fp8 else 1)

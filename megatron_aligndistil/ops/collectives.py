@@ -1,0 +1,34 @@
+"""The two collectives of the vocab-parallel operations. Neither is seen by autograd: callers state their gradients."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _alone(group: dist.ProcessGroup | None) -> bool:
+    return group is None or dist.get_world_size(group) == 1
+
+
+def gather_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Every rank's `local`, stacked along a new first dimension R: [...] -> [R, ...].
+
+    Collectives: one all-gather over `group`; none where the group is one process or `local` is empty.
+    """
+    if _alone(group):
+        return local.detach().unsqueeze(0)
+    gathered = local.new_empty(dist.get_world_size(group), *local.shape)
+    if local.numel():
+        dist.all_gather_into_tensor(gathered, local.detach().contiguous(), group=group)
+    return gathered
+
+
+def sum_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum of every rank's `local`, as a new tensor of the same shape.
+
+    Collectives: one all-reduce over `group`; none where the group is one process or `local` is empty.
+    """
+    total = local.detach().clone()
+    if total.numel() and not _alone(group):
+        dist.all_reduce(total, group=group)
+    return total

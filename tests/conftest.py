@@ -1,0 +1,31 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; inherited by workers
+
+import pytest  # noqa: E402
+
+from tests.workers import Workers  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Workers]:
+    """Gloo processes: ``workers.run(world_size, function, *args)`` gives the results in the order of ranks."""
+    pool = Workers()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data and models (ALIGNDISTIL_DATA, or ../shared/data beside the repository)."""
+    named = os.environ.get("ALIGNDISTIL_DATA")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}; set ALIGNDISTIL_DATA")
+    return folder

@@ -1,0 +1,42 @@
+"""Tiny random transformers models, saved as checkpoint folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+_SIZES: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+# No vocabulary here is a multiple of 128; with 100 tokens, later ranks of tp 4 hold nothing but padding.
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen2-tied": {"vocab_size": 300, "tie_word_embeddings": True},
+    "qwen2-untied": {"vocab_size": 300, "num_key_value_heads": 2},
+    "llama-untied": {"vocab_size": 100, "head_dim": 16},
+    "llama-tied": {"vocab_size": 515, "num_key_value_heads": 8, "tie_word_embeddings": True},
+}
+
+
+def make(name: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model, biases and norms too, saved in `folder`; `changes` go to its configuration."""
+    settings = {**_SIZES, **MODELS[name], **changes}
+    torch.manual_seed(seed)
+    model: PreTrainedModel
+    model = Qwen2ForCausalLM(Qwen2Config(**settings)) if "qwen2" in name else LlamaForCausalLM(LlamaConfig(**settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.3)
+            if parameter.dim() == 1:
+                parameter.add_(1.0)
+    model = model.to(dtype).eval()
+    model.save_pretrained(folder)
+    return model
