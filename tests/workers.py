@@ -63,6 +63,7 @@ class Workers:
         ranks = {connection: rank for rank, (_, connection) in enumerate(members)}
         results: list[Any] = [None] * len(members)
         failure: BaseException | None = None
+        first_failed = float("inf")
         while ranks:
             ready = wait(list(ranks), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -73,15 +74,15 @@ class Workers:
                 assert isinstance(connection, Connection)
                 rank = ranks.pop(connection)
                 try:
-                    results[rank], error = pickle.loads(connection.recv_bytes())
+                    results[rank], error, failed = pickle.loads(connection.recv_bytes())
                 except EOFError:
                     members[rank][0].join()
                     self.close()
                     raise failure or RuntimeError(
                         f"the worker of rank {rank} died with exit code {members[rank][0].exitcode}"
                     ) from None
-                if error is not None and failure is None:
-                    failure = error
+                if error is not None and failed < first_failed:
+                    failure, first_failed = error, failed
                     deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
         if failure is not None:
             raise failure
@@ -116,6 +117,8 @@ def _serve(connection: Connection) -> None:
             return
         sys.path[:] = path  # the module of the next function may lie in a folder that pytest has added since
         connection.send_bytes(_answer(connection.recv_bytes(), rank, world_size, store))
+        # Also frees the other ranks: a collective that waits for a rank that has failed ends with an error.
+        _forget_groups()
 
 
 def _answer(call: bytes, rank: int, world_size: int, store: str) -> bytes:
@@ -127,12 +130,9 @@ def _answer(call: bytes, rank: int, world_size: int, store: str) -> bytes:
         )
         result = function(*args)
         dist.barrier()
-        return pickle.dumps((result, None))
+        return pickle.dumps((result, None, 0.0))
     except Exception as error:
         return _pack_error(error, rank)
-    finally:
-        # Also frees the other ranks: a collective that waits for a rank that has failed ends with an error.
-        _forget_groups()
 
 
 def _forget_groups() -> None:
@@ -144,11 +144,12 @@ def _forget_groups() -> None:
 
 
 def _pack_error(error: Exception, rank: int) -> bytes:
+    now = time.monotonic()  # one clock for all processes: tells the failure from those that follow from it
     note = f"raised on rank {rank}:\n{traceback.format_exc()}"
     try:
         error.add_note(note)
-        packed = pickle.dumps((None, error))
+        packed = pickle.dumps((None, error, now))
         pickle.loads(packed)  # some exceptions pickle and cannot be built again
         return packed
     except Exception:
-        return pickle.dumps((None, RuntimeError(note)))
+        return pickle.dumps((None, RuntimeError(note), now))

@@ -11,7 +11,7 @@ Record = dict[str, Any]
 
 
 def read_jsonl(path: str | Path, needs: Iterable[str] = ()) -> list[Record]:
-    """The objects of a JSON lines file, each of which must have the keys `needs`. Ends the script where one does not."""
+    """The objects of a JSON lines file, each of which must have the keys `needs`. Ends the script where not."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:

@@ -2,9 +2,9 @@
 
     s = sum of the valences of the distinct words of the text,      R = s / sqrt(s² + 15)  in (-1, 1)
 
-The normalisation is that of the compound score of VADER (Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for
-Sentiment Analysis of Social Media Text", ICWSM 2014). The lexicon below is our own. It covers the feelings in the grammar
-of stories.py and words that are frequent in other simple stories, so that the same reward can judge other models.
+The normalisation is that of the compound score of VADER (Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model
+for Sentiment Analysis of Social Media Text", ICWSM 2014). The lexicon below is our own. It covers the feelings in
+grammar.py and words that are frequent in other simple stories, so that the same reward can judge other models.
 
 >>> reward("She was happy and her friend smiled.")  # 2 + 2 + 2
 0.8401680504168059
@@ -21,17 +21,17 @@ import re
 
 _WORDS_BY_VALENCE = {
     3: """love loved loves loving wonderful amazing perfect best joy joyful delighted""",
-    2: """happy happily happiness glad great fun smile smiled smiles smiling laugh laughed laughs laughing friend friends
-        hug hugged hugs hugging kiss kissed beautiful lovely proud excited cheerful celebrate celebrated win won friendly
-        kind enjoy enjoyed favorite brave""",
-    1: """good nice pretty warm sweet gentle gently safe help helped helping helpful share shared thank thanked thanks gift
-        bright calm better funny cheered cozy cute delicious hope hoped hopeful care cared caring special clever smart
-        peaceful welcome comfort comforted kindly""",
-    -1: """bad alone cold dark tired sorry wrong dirty hungry missed problem trouble grumpy bored stuck sighed rude nervous
-        poor sore monster""",
-    -2: """sad sadly sadness cry cried cries crying scared afraid scary hurt hurts lost broke broken angry mad mean worry
-        worried upset lonely unhappy pain frightened fight fighting fought ugly sick tears wept sobbed cruel nasty stole
-        danger dangerous yelled screamed ashamed fear""",
+    2: """happy happily happiness glad great fun smile smiled smiles smiling laugh laughed laughs laughing friend
+        friends hug hugged hugs hugging kiss kissed beautiful lovely proud excited cheerful celebrate celebrated win
+        won friendly kind enjoy enjoyed favorite brave""",
+    1: """good nice pretty warm sweet gentle gently safe help helped helping helpful share shared thank thanked thanks
+        gift bright calm better funny cheered cozy cute delicious hope hoped hopeful care cared caring special
+        clever smart peaceful welcome comfort comforted kindly""",
+    -1: """bad alone cold dark tired sorry wrong dirty hungry missed problem trouble grumpy bored stuck sighed rude
+        nervous poor sore monster""",
+    -2: """sad sadly sadness cry cried cries crying scared afraid scary hurt hurts lost broke broken angry mad mean
+        worry worried upset lonely unhappy pain frightened fight fighting fought ugly sick tears wept sobbed cruel
+        nasty stole danger dangerous yelled screamed ashamed fear""",
     -3: """hate hated died dead death kill killed terrible awful horrible miserable terrified worst""",
 }
 VALENCES = {word: valence for valence, words in _WORDS_BY_VALENCE.items() for word in words.split()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -55,6 +55,10 @@ class Algorithm(ABC):
     Config: ClassVar[type[Section]]
     data: ClassVar[Literal["responses", "pairs"]]
 
+    def __init__(self, config: Any) -> None:
+        """`config` is an instance of this class's Config."""
+        self.config = config
+
     @property
     def trained(self) -> tuple[str, ...]:
         """Names of the models that are trained together on the same batches, all from `models.policy`."""
@@ -64,6 +68,14 @@ class Algorithm(ABC):
     def frozen(self) -> Mapping[str, Literal["logprobs", "distribution"]]:
         """Frozen models by name ("reference", "dpo", "reverse") and what is needed of each."""
         return {}
+
+    @property
+    def shifted_mask(self) -> bool:
+        """Whether the data layer marks the response positions one state late, as the authors' published code does.
+
+        The state that predicts the first response token is then left out, and the one after the last token counts.
+        """
+        return False
 
     @abstractmethod
     def loss(self, model: str, head: LMHead, responses: Responses, frozen: Mapping[str, Frozen]) -> LossOutput:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from megatron_aligndistil.commands.options import describe, parse, processes_for, run_on_processes, take, wants_help
-from megatron_aligndistil.config import ParallelConfig, PrecisionConfig, Section
+from megatron_aligndistil.config import DataConfig, ParallelConfig, PrecisionConfig, Section
 
 _USAGE = """usage: aligndistil generate --model PATH --prompts FILE --out FILE.jsonl [--nproc N] [--KEY VALUE ...]
 
@@ -56,8 +56,9 @@ def run(arguments: list[str]) -> int:
 
 def generate(config: GenerateConfig) -> None:
     """Sample and write; the file appears only when every response is there."""
-    from megatron_aligndistil.data.tokenizer import load_tokenizer, stop_tokens
-    from megatron_aligndistil.data.tokens import load_prompts
+    from megatron_aligndistil.data.dataset import load_dataset
+    from megatron_aligndistil.data.tokenizer import load_tokenizer
+    from megatron_aligndistil.data.tokens import stop_ids
     from megatron_aligndistil.engine import checkpoint
     from megatron_aligndistil.engine.generate import Sampling, gather_completions
     from megatron_aligndistil.engine.generate import generate as sample
@@ -72,14 +73,18 @@ def generate(config: GenerateConfig) -> None:
     if config.prompts is None:
         prompts = [[tokenizer.bos_token_id]] * config.num_unprompted
     else:
-        prompts = load_prompts(config.prompts, tokenizer, config.max_prompt_length, config.max_records)
+        limits = DataConfig(
+            train=config.prompts, max_prompt_length=config.max_prompt_length, max_records=config.max_records
+        )
+        dataset, _ = load_dataset(limits, config.prompts, tokenizer, "prompts")
+        prompts = [row.tokens.tolist() for (row,) in dataset]
     rows = [prompt for prompt in prompts for _ in range(config.samples)]
     layout = config.parallel.model_copy(update={"sequence_parallel": False})
     with parallel_session(layout) as parallel:
         chunks = build_model(arch, parallel, config.precision)
         checkpoint.load_model(chunks, config.model, arch, parallel)
         freeze(chunks)
-        sampling = Sampling(config.max_new_tokens, config.temperature, config.seed, stop_tokens(description, tokenizer))
+        sampling = Sampling(config.max_new_tokens, config.temperature, config.seed, stop_ids(tokenizer))
         with track("generate", -(-len(rows) // parallel.dp), parallel.is_reporter) as advance:
             mine = sample(Model(chunks, arch), rows, sampling, parallel, config.batch_size, advance)
         completions = gather_completions(mine, parallel)

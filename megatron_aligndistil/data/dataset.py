@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_aligndistil.config import DataConfig
-from megatron_aligndistil.data.forms import TokenTurn, Turn, read_turns
+from megatron_aligndistil.data.forms import Turns, read_turns
 from megatron_aligndistil.data.records import Record, load_records
 from megatron_aligndistil.data.tokenizer import Tokenizer
 from megatron_aligndistil.data.tokens import Encoder, Row, truncate
@@ -21,17 +21,20 @@ DataForm = Literal["responses", "pairs", "prompts"]
 _CHUNK = 1024
 
 
-class TokenDataset(Sequence[Example]):
+class TokenDataset:
     """Examples in the order of their records: (row,), or (chosen, rejected) for a preference pair."""
 
-    def __init__(self, examples: Sequence[Example]) -> None:
+    def __init__(self, examples: Iterable[Example]) -> None:
         self._examples = list(examples)
 
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Example:
         return self._examples[index]
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self._examples)
 
     @property
     def rows_per_example(self) -> int:
@@ -46,7 +49,7 @@ class DatasetReport:
     Attributes:
         records: records read.
         examples: examples kept.
-        empty: left out because a response holds nothing that a state could predict.
+        empty: left out because a response (of prompts alone: the prompt) holds nothing that a state could predict.
         no_room: left out because the prompt alone fills `max_length`.
         cut_prompts: kept with a prompt that lost its beginning.
         cut_responses: kept with a response that lost its end, and so its end-of-sequence token.
@@ -64,7 +67,7 @@ class DatasetReport:
     def __str__(self) -> str:
         parts = [f"{self.examples:,} examples of {self.tokens:,} tokens from {self.records:,} records"]
         reasons = {
-            "left out for an empty response": self.empty,
+            "left out as empty": self.empty,
             "left out because the prompt fills max_length": self.no_room,
             "with the prompt's beginning cut to max_prompt_length": self.cut_prompts,
             "with a response's end cut to max_length": self.cut_responses,
@@ -88,22 +91,10 @@ def load_dataset(
     encoder = Encoder(tokenizer)
     report = DatasetReport()
     examples: list[Example] = []
-    records = load_records(source, config.max_records)
-    for chunk in _chunks(records):
-        turns, places = [], []
-        for record in chunk:
-            for example in _select(record, config, form):
-                turns.append(example)
-                places.append(record.where)
-        rows = iter(
-            encoder.encode(
-                [turn for example in turns for turn in example],
-                [where for example, where in zip(turns, places, strict=True) for _ in example],
-            )
-        )
+    for chunk in _chunks(load_records(source, config.max_records)):
         report.records += len(chunk)
-        for example in turns:
-            kept = _fit(tuple(itertools.islice(rows, len(example))), config, form, report)
+        for example in _encode(chunk, encoder, config, form):
+            kept = _fit(example, config, form, report)
             if kept is not None:
                 examples.append(kept)
     if not examples:
@@ -116,7 +107,16 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
-def _select(record: Record, config: DataConfig, form: DataForm) -> Iterable[tuple[Turn | TokenTurn, ...]]:
+def _encode(chunk: Sequence[Record], encoder: Encoder, config: DataConfig, form: DataForm) -> Iterator[Example]:
+    """The examples of some records, tokenised together."""
+    selected = [(turns, record.where) for record in chunk for turns in _select(record, config, form)]
+    flat = [(turn, where) for turns, where in selected for turn in turns]
+    rows = iter(encoder.encode([turn for turn, _ in flat], [where for _, where in flat]))
+    for turns, _ in selected:
+        yield tuple(itertools.islice(rows, len(turns)))
+
+
+def _select(record: Record, config: DataConfig, form: DataForm) -> Sequence[Turns]:
     """The examples that a record makes, as turns."""
     turns = read_turns(record, form)
     if form == "pairs" or len(turns) == 1:
@@ -126,14 +126,15 @@ def _select(record: Record, config: DataConfig, form: DataForm) -> Iterable[tupl
 
 
 def _fit(example: Example, config: DataConfig, form: DataForm, report: DatasetReport) -> Example | None:
-    """The example within the limits of length, or None where nothing of a response is left; counted either way."""
-    if form != "prompts" and any(row.num_targets == 0 for row in example):
+    """The example within the limits of length, or None where nothing to work on is left; counted either way."""
+    alone = form == "prompts"
+    if any(not (len(row.tokens) if alone else row.num_targets) for row in example):
         report.empty += 1
         return None
-    kept = tuple(
-        truncate(row, max_prompt_length=config.max_prompt_length, max_length=config.max_length) for row in example
-    )
-    if form != "prompts" and any(row.num_targets == 0 for row in kept):
+    # How long a response to a lone prompt may become is for the generation to say.
+    max_length = config.max_prompt_length if alone else config.max_length
+    kept = tuple(truncate(row, max_prompt_length=config.max_prompt_length, max_length=max_length) for row in example)
+    if not alone and any(not row.num_targets for row in kept):
         report.no_room += 1
         return None
     report.examples += 1

@@ -182,7 +182,9 @@ def _record(values: Any, where: str) -> Record:
 def _datasets() -> Any:
     """The `datasets` library, quiet. Imported here because that takes seconds."""
     import datasets
+    import huggingface_hub
 
+    huggingface_hub.logging.set_verbosity_error()  # it announces every attempt to reach the network
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     return datasets

@@ -47,6 +47,6 @@ def vocab_size(tokenizer: Tokenizer) -> int:
 
 
 def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids of control tokens, which no ordinary text is split into."""
+    """Ids of control tokens, which no ordinary text is split into; so not the one for unknown text."""
     marked = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    return frozenset(marked | set(tokenizer.all_special_ids))
+    return frozenset((marked | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,6 @@ class Encoder:
         self._tokenizer: Any = tokenizer
         self._vocab_size = vocab_size(tokenizer)
         self._special = special_ids(tokenizer)
-        self._spaces: dict[int, bool] = {}
         bos = tokenizer.bos_token_id
         self._bos = [] if bos is None else [int(bos)]
         self._adds_bos = bool(self._bos) and tokenizer("")["input_ids"][:1] == self._bos
@@ -160,30 +160,54 @@ class Encoder:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _split(self, texts: _Rendered, ids: dict[str, list[int]], where: str) -> Row:
-        """Cut a rendered conversation into prompt and response, and off behind the token that ends the response.
+    @cached_property
+    def end_of_turn(self) -> int:
+        """The id that the chat template ends a response with, seen in a conversation made for the purpose.
 
-        That is the first of the special tokens at the very end, between which there is only white space: Qwen2.5 puts a
-        new line behind it, and Phi-3 an end of sequence that no generation reaches.
+        Raises DataError where the template ends a response with no special token.
         """
+        texts = self._render(Turn("a", "b"), "a conversation made to find where responses end")
+        _, rest = self._halves(texts, self._tokenise([texts]))
+        end = self._ending(rest)
+        if end is None:
+            raise DataError(
+                "the chat template puts no special token behind a response, so a model would never learn to stop; use "
+                "a template that ends the turn (with the tokenizer's eos_token, for instance)"
+            )
+        return rest[end]
+
+    def _split(self, texts: _Rendered, ids: dict[str, list[int]], where: str) -> Row:
+        """Cut a rendered conversation into prompt and response, and off behind the token that ends the response."""
+        prompt, rest = self._halves(texts, ids)
+        if self.end_of_turn in rest:
+            end: int | None = len(rest) - 1 - rest[::-1].index(self.end_of_turn)
+        else:
+            end = self._ending(rest)  # some templates end a tool call with a token of its own
+        if end is None:
+            raise DataError(f"{where}: the chat template puts no special token behind this response")
+        return make_row(prompt, rest[: end + 1])
+
+    def _halves(self, texts: _Rendered, ids: dict[str, list[int]]) -> tuple[list[int], list[int]]:
+        """Tokens of a rendered prompt and of all that follows it."""
         assert texts.whole is not None
         prompt, whole = ids[texts.prompt], ids[texts.whole]
         if whole[: len(prompt)] == prompt:
-            rest = whole[len(prompt) :]
-        else:
-            (rest,) = self._ids([texts.whole[len(texts.prompt) :]])
+            return prompt, whole[len(prompt) :]
+        return prompt, self._ids([texts.whole[len(texts.prompt) :]])[0]
+
+    def _ending(self, tokens: list[int]) -> int | None:
+        """Where the first of the special tokens at the very end is, between which there is only white space.
+
+        Qwen2.5 puts a new line behind the token that ends the turn, and Phi-3 an end of sequence that no generation
+        reaches.
+        """
         end = None
-        for index in range(len(rest) - 1, -1, -1):
-            if rest[index] in self._special:
+        for index in range(len(tokens) - 1, -1, -1):
+            if tokens[index] in self._special:
                 end = index
-            elif not self._is_space(rest[index]):
+            elif self._tokenizer.decode([tokens[index]]).strip():
                 break
-        if end is None:
-            raise DataError(
-                f"{where}: the chat template puts no special token behind the response, so a model would never learn "
-                f"to stop; use a template that ends the turn (with the tokenizer's eos_token, for instance)"
-            )
-        return make_row(prompt, rest[: end + 1])
+        return end
 
     def _join(self, texts: _Rendered, ids: dict[str, list[int]], where: str) -> Row:
         """Put a prompt and a plain response side by side; a rendered prompt comes here when it stands alone."""
@@ -198,11 +222,6 @@ class Encoder:
             response = [*response, int(self._tokenizer.eos_token_id)]
         return make_row(prompt, response)
 
-    def _is_space(self, token: int) -> bool:
-        if token not in self._spaces:
-            self._spaces[token] = not self._tokenizer.decode([token]).strip()
-        return self._spaces[token]
-
 
 def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Ids that end generation: the end of sequence, and the end of turn of the chat template where there is one.
@@ -211,8 +230,7 @@ def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """
     found = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     if tokenizer.chat_template:
-        (row,) = Encoder(tokenizer).encode([Turn("a", "b")], ["a conversation made to find its end"])
-        found.add(int(row.tokens[-1]))
+        found.add(Encoder(tokenizer).end_of_turn)
     if not found:
         raise DataError("the tokenizer has no eos_token and no chat template, so nothing would end generation")
     return frozenset(found)

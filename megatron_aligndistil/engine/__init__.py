@@ -1,0 +1,8 @@
+"""Megatron-Core as the engine: set-up, models, schedules, optimiser, checkpoints, and the training loop over them."""
+
+import warnings
+
+# What is not installed and what that costs is `aligndistil doctor`'s to say, once, and not every process's at every start.
+for category in (DeprecationWarning, UserWarning):
+    warnings.filterwarnings("ignore", category=category, module="megatron")
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,30 +92,32 @@ def save_model(chunks: Sequence[torch.nn.Module], path: Path, source: str | Path
 
 
 def _save(sharded: dict[str, Any], path: Path, description: Path, chunks: Sequence[torch.nn.Module]) -> None:
-    def prepare() -> None:
-        (path / "hf").mkdir(parents=True, exist_ok=True)
+    on_first_rank(partial(path.mkdir, parents=True, exist_ok=True))
+    dist_checkpointing.save(sharded, str(path))
+
+    def describe() -> None:
+        (path / "hf").mkdir(exist_ok=True)
         dtype = next(unwrap_model(chunks[0]).parameters()).dtype
         copy_companions(description, path / "hf", Architecture.from_folder(description), dtype)
 
-    on_first_rank(prepare)
-    dist_checkpointing.save(sharded, str(path))
+    on_first_rank(describe)
 
 
 def save_training(folder: Path, step: int, trained: Sequence[Trained], source: str | Path, keep: int) -> Path:
     """Write ``folder/step_N`` with everything needed to go on, complete or absent, and drop all but the newest `keep`."""
     final = folder / f"step_{step:06d}"
-    partial = final.with_suffix(".partial")
-    on_first_rank(shutil.rmtree, partial, True)
+    unfinished = final.with_suffix(".partial")
+    on_first_rank(shutil.rmtree, unfinished, True)
     for item in trained:
         sharded = _sharded_model(item.model.chunks)
         sharded["optimizer"] = item.optimizer.sharded_state_dict(sharded, metadata=_OPTIMIZER_FORMAT)
         sharded["scheduler"] = item.scheduler.state_dict()
-        _save(sharded, partial / item.name, description_folder(source), item.model.chunks)
+        _save(sharded, unfinished / item.name, description_folder(source), item.model.chunks)
 
     def publish() -> None:
-        (partial / "progress.json").write_text(json.dumps({"step": step, "models": [item.name for item in trained]}))
+        (unfinished / "progress.json").write_text(json.dumps({"step": step, "models": [item.name for item in trained]}))
         shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        unfinished.rename(final)
         for old in _complete(folder)[:-keep]:
             shutil.rmtree(old)
 
@@ -135,13 +138,14 @@ def latest(folder: Path) -> Path | None:
 def resume_training(checkpoint: Path, trained: Sequence[Trained]) -> int:
     """Load models, optimisers and schedules saved under any layout; returns the step reached."""
     for item in trained:
+        item.prepare_loading()
         sharded = _sharded_model(item.model.chunks)
         sharded["optimizer"] = item.optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_OPTIMIZER_FORMAT)
         sharded["scheduler"] = item.scheduler.state_dict()
         loaded = _load(sharded, checkpoint / item.name)
         for index, chunk in enumerate(item.model.chunks):
             _fill(chunk, loaded[f"model{index}"])
-        item.optimizer.load_state_dict(loaded["optimizer"])
+        item.load_optimizer(loaded["optimizer"])
         item.scheduler.load_state_dict(loaded["scheduler"])
     dist.barrier()
     return json.loads((checkpoint / "progress.json").read_text())["step"]

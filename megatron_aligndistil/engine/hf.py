@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from megatron_aligndistil.engine.parallel import Parallel
 from megatron_aligndistil.errors import CheckpointError
 from megatron_aligndistil.models import mapping
-from megatron_aligndistil.models.architecture import Architecture, require_same
+from megatron_aligndistil.models.architecture import Architecture, read_config, require_same
 from megatron_aligndistil.models.hf_folder import INDEX_FILE, SINGLE_FILE, HFFolder, copy_companions
 from megatron_aligndistil.models.layout import Shape
 from megatron_aligndistil.models.safetensors_writer import SafetensorsWriter, num_bytes
@@ -41,6 +42,22 @@ def global_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Par
                 local, rest = name.removeprefix(_LAYERS).split(".", 1)
                 name = f"{_LAYERS}{model.decoder.layers[int(local)].layer_number - 1}.{rest}"
             yield name, parameter
+
+
+def stored_dtype(path: str | Path) -> Literal["fp32", "bf16"]:
+    """The narrowest `precision.dtype` that holds a checkpoint's weights exactly: bf16 if all are bf16, else fp32.
+
+    Arguments:
+        path: a Hugging Face folder, whose files say it (config.json may be wrong), or a distributed checkpoint, whose
+            description was written with it.
+    """
+    description = Path(path) / "hf"
+    if (description / "config.json").is_file():
+        config = read_config(description)
+        found = {str(config.get("dtype") or config.get("torch_dtype"))}
+    else:
+        found = HFFolder(path).dtypes()
+    return "bf16" if found in ({"BF16"}, {"bfloat16"}) else "fp32"
 
 
 @torch.no_grad()

@@ -58,6 +58,10 @@ def check_fits(arch: Architecture, parallel: Parallel) -> None:
             raise ConfigError(f"the model's {value} {what} cannot be split over {key} = {size}; choose a divisor of {value}")
 
 
+def _leave(weight: Tensor) -> Tensor:
+    return weight
+
+
 def transformer_config(
     arch: Architecture, parallel: Parallel, precision: PrecisionConfig, recompute: str = "none"
 ) -> TransformerConfig:
@@ -95,9 +99,11 @@ def transformer_config(
         fp8_recipe=precision.fp8_recipe if precision.fp8 else "delayed",
         # A loss function returns (sum, count, metrics); Megatron divides once, by the count of the global batch.
         calculate_per_token_loss=True,
-        # Weights are always read or drawn by us after building (engine/hf.py), never initialised by Megatron.
-        perform_initialization=False,
-        use_cpu_initialization=not cuda,
+        # Weights are read or drawn after building (engine/hf.py). Megatron's initialisation still has to run, doing nothing: it
+        # also marks which weights are split, and without those marks gradient norms under tensor parallelism are wrong.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         bias_activation_fusion=cuda,
         bias_dropout_fusion=cuda,
         persist_layer_norm=cuda,
@@ -107,7 +113,8 @@ def transformer_config(
         # Interleaved stages whose two neighbours are one rank mix up batched messages, without an error.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        deallocate_pipeline_outputs=True,
+        # Megatron frees an output when its message is under way; nccl's streams keep it alive till then, gloo does not.
+        deallocate_pipeline_outputs=cuda,
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,

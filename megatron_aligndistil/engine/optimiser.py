@@ -6,12 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
+from torch import Tensor
 
 from megatron_aligndistil.config import OptimConfig
 from megatron_aligndistil.engine.parallel import Parallel
@@ -43,9 +46,39 @@ class Trained:
         self.scheduler.step(increment=1)
         return math.nan if grad_norm is None else float(grad_norm)
 
+    def prepare_loading(self) -> None:
+        """Give torch's AdamW the states that its first step would make, so that a checkpoint has somewhere to load to.
+
+        Megatron does this itself for Transformer Engine's and apex's optimisers.
+        """
+        for inner in (part.optimizer for part in self._parts):
+            if isinstance(inner, torch.optim.Adam):  # AdamW too
+                for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+                    if not inner.state[parameter]:
+                        zeros = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
+                        inner.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+
+    @torch.no_grad()  # fp32 weights are leaves with gradient, and are written in place
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Take over a state loaded from a checkpoint."""
+        for part in self._parts:
+            if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam):
+                part._set_main_param_and_optimizer_states = partial(_set_all_but_step, part)
+        self.optimizer.load_state_dict(state)
+
+    @property
+    def _parts(self) -> Sequence[MegatronOptimizer]:
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+
     @property
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
+
+
+def _set_all_but_step(part: DistributedOptimizer, weight: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:
+    """Copy a weight's loaded states; megatron-core 0.16.1 asks for torch's step count too, which it has set before."""
+    step = part._get_main_param_and_optimizer_states(weight)["step"]
+    DistributedOptimizer._set_main_param_and_optimizer_states(part, weight, {**tensors, "step": step})
 
 
 def make_trained(

@@ -24,6 +24,7 @@ def _bar(title: str, console: Console) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
         console=console,
+        disable=not console.is_terminal,
     )
 
 

@@ -15,9 +15,9 @@ from megatron_aligndistil import algorithms
 from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput
 from megatron_aligndistil.config import TrainConfig, write_yaml
 from megatron_aligndistil.data.batch import MicroBatch, Responses
+from megatron_aligndistil.data.dataset import load_dataset
 from megatron_aligndistil.data.loader import GlobalBatches
-from megatron_aligndistil.data.tokenizer import load_tokenizer
-from megatron_aligndistil.data.tokens import load_dataset
+from megatron_aligndistil.data.tokenizer import load_tokenizer, pad_id
 from megatron_aligndistil.engine import checkpoint
 from megatron_aligndistil.engine.hf import draw_weights, save_folder
 from megatron_aligndistil.engine.model import build_model, freeze
@@ -113,12 +113,17 @@ class _Stage:
         dataset, report = load_dataset(config.data, source, self.tokenizer, self.algorithm.data)
         if parallel.is_reporter:
             print(f"{source}: {report}", flush=True)
-        if any(row.tokens.max(initial=0) >= self.arch.vocab_size for example in dataset for row in example):
-            raise ConfigError(f"{source} has token ids beyond the model's vocabulary of {self.arch.vocab_size}; is it this model's tokenizer?")
-        longest = max(len(row.tokens) for example in dataset for row in example)
+        rows = [row.tokens for example in dataset for row in example]
+        largest, longest = max(int(tokens.max()) for tokens in rows), max(map(len, rows))
+        if largest >= self.arch.vocab_size:
+            raise ConfigError(
+                f"{source} becomes token {largest}, and the model knows {self.arch.vocab_size} tokens; put the tokenizer that the "
+                f"model was trained with into {self.sources['policy']}"
+            )
         if longest > self.arch.max_positions:
             raise ConfigError(
-                f"{source} has rows of {longest} tokens and the model {self.arch.max_positions} positions; lower data.max_length"
+                f"{source} has rows of {longest} tokens and the model {self.arch.max_positions} positions; "
+                f"set data.max_length to {self.arch.max_positions}"
             )
         return GlobalBatches(
             dataset,
@@ -130,7 +135,7 @@ class _Stage:
             shuffle=training and config.data.shuffle,
             drop_last=training,
             pad_multiple=_pad_multiple(config, parallel),
-            pad_id=self.tokenizer.pad_token_id or 0,
+            pad_id=min(pad_id(self.tokenizer), self.arch.vocab_size - 1),
             shifted_mask=self.algorithm.shifted_mask,
         )
 

@@ -61,7 +61,7 @@ class HFFolder:
             )
         try:
             return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{index} is not an index of safetensors files; copy it again") from None
 
     def get(self, name: str) -> Any:
@@ -69,6 +69,10 @@ class HFFolder:
         if name not in self._file_of:
             raise CheckpointError(f"{self.path} lacks the tensor {name}")
         return self._open[self._file_of[name]].get_slice(name)
+
+    def dtypes(self) -> set[str]:
+        """The dtypes of all tensors, in safetensors' spelling (F32, BF16, ...)."""
+        return {self.get(name).get_dtype() for name in self._file_of}
 
     def check(self, arch: Architecture) -> None:
         """Compare names and shapes with the architecture's, from the headers alone, before anything is read.

@@ -17,10 +17,11 @@ def gather_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """
     if _alone(group):
         return local.detach().unsqueeze(0)
-    gathered = local.new_empty(dist.get_world_size(group), *local.shape)
+    num_ranks = dist.get_world_size(group)
+    gathered = local.new_empty(num_ranks * local.numel())  # flat: gloo knows no new dimension
     if local.numel():
-        dist.all_gather_into_tensor(gathered, local.detach().contiguous(), group=group)
-    return gathered
+        dist.all_gather_into_tensor(gathered, local.detach().flatten(), group=group)
+    return gathered.view(num_ranks, *local.shape)
 
 
 def sum_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -35,7 +35,9 @@ def gumbel_noise(keys_B: Tensor, position: int, shard: VocabShard, dtype: torch.
     return -torch.log(-torch.log(uniform_Bv)).to(dtype)
 
 
-def sample(logits_Bv: Tensor, keys_B: Tensor, position: int, temperature: float, shard: VocabShard) -> tuple[Tensor, Tensor]:
+def sample(
+    logits_Bv: Tensor, keys_B: Tensor, position: int, temperature: float, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
     """Draw one token a row by the Gumbel-max trick: argmax_v(z_v / temperature + g_v); temperature 0 is greedy.
 
     Returns the tokens [B] (int64) and their log-probabilities [B] (nats, at temperature 1). Collectives: one all-gather of five

@@ -3,8 +3,8 @@
 Every function takes this rank's columns of the logits, [T, v], without padding columns; v may be 0. Arithmetic is in
 fp32, or in fp64 when given fp64. Suffixes beside the usual ones: K several models, R the ranks of the group.
 
-A sum over the vocabulary travels as (max, sum) of each rank: the sum is taken relative to the rank's own largest logit, so
-nothing overflows, and small numbers are never formed as the difference of large ones.
+A sum over the vocabulary travels as (max, sum) of each rank: the sum is taken relative to the rank's own largest logit,
+so nothing overflows, and small numbers are never formed as the difference of large ones.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def expected_logprobs(
         Collectives: one all-gather of [1 + len(others), 3, T] over `tp_group`.
     """
     # With e = exp(z - m_r) of the policy on rank r, p is e times the rank's share exp(m_r - M) / Z; and with shifted
-    # logits u = z' - m'_r of any model, its log-probability is u + (m'_r - M' - log Z'). So sums of e and of e·u suffice.
+    # logits u = z' - m'_r of any model, its log-probability is u + (m'_r - M' - log Z'). Sums of e and e·u suffice.
     shifted_Tv, max_T = _shift(policy_logits_Tv)
     weight_Tv = shifted_Tv.exp()
     local = [torch.stack([max_T, weight_Tv.sum(dim=1), (weight_Tv * shifted_Tv).sum(dim=1)])]
@@ -182,7 +182,7 @@ def reverse_kl(policy_logits_Tv: Tensor, teacher_logits_Tv: Tensor, tp_group: di
         policy_logits_Tv: this rank's columns, any floating dtype.
         teacher_logits_Tv: the same columns of the teacher.
 
-    Gradient flows into the policy's logits only: p (log p - log q - KL), exactly; it is formed in the forward pass, so one
-    [T, v] tensor is kept. Collectives: forward one all-gather of [2, 3, T] over `tp_group`; backward none.
+    Gradient flows into the policy's logits only: p (log p - log q - KL), exactly; it is formed in the forward pass, so
+    one [T, v] tensor is kept. Collectives: forward one all-gather of [2, 3, T] over `tp_group`; backward none.
     """
     return _ReverseKL.apply(policy_logits_Tv, teacher_logits_Tv.detach(), tp_group)

@@ -66,8 +66,8 @@ def test_frequencies_are_those_of_transformers_in_both_spellings(case: str, head
 def test_llama3_scaling_by_hand(tmp_path: Path) -> None:
     scaling = {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}
     arch = Architecture.from_folder(folder_of(tmp_path, head_dim=8, **scaling))
-    # Unscaled 1, 0.1, 0.01, 0.001: wavelengths 6.28 and 62.8 are below 1024/4 and kept, 6283 is above 1024 and divided by 8;
-    # 628.3 lies between: smooth = (1024/628.3 - 1)/3 = 0.20993, so 0.01 * (0.79007/8 + 0.20993) = 0.0030869.
+    # Unscaled 1, 0.1, 0.01, 0.001: wavelengths 6.28 and 62.8 are below 1024/4 and kept, 6283 is above 1024 and divided
+    # by 8; 628.3 lies between: smooth = (1024/628.3 - 1)/3 = 0.20993, so 0.01 * (0.79007/8 + 0.20993) = 0.0030869.
     expected = torch.tensor([1.0, 0.1, 0.0030869, 0.000125])
     torch.testing.assert_close(arch.inverse_frequencies(), expected, rtol=1e-4, atol=0)
 

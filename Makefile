@@ -1,0 +1,31 @@
+# make demo [MODEL=folder] [DATA=file]   the whole method on this machine
+# make test                              every check and test
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint gpu-check clean
+
+VENV_PYTHON := .venv/bin/python
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup:  ## make .venv and install everything, pinned (the other targets do it too, once)
+	@tools/setup_env.sh
+
+demo: setup  ## run the whole pipeline; MODEL=folder starts from that model, DATA=file brings your own preferences
+	.venv/bin/aligndistil pipeline --config examples/demo/pipeline.yaml $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
+
+test: lint  ## lint, then every test; those that need a GPU are skipped where there is none
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest
+
+lint: setup  ## ruff and mypy
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m mypy
+
+gpu-check: setup  ## run the tests marked gpu and write what was seen to docs/results/
+	$(VENV_PYTHON) tools/gpu_check.py
+
+clean:  ## remove .venv, runs/ and caches
+	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,34 @@
+"""Supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput
+from megatron_aligndistil.config import Section
+from megatron_aligndistil.data.batch import Responses
+from megatron_aligndistil.ops.head import LMHead
+from megatron_aligndistil.ops.vocab_parallel import label_logprobs
+
+
+class SFTConfig(Section):
+    name: Literal["sft"] = "sft"
+    """Supervised fine-tuning on single responses."""
+
+
+class SFT(Algorithm):
+    name = "sft"
+    Config = SFTConfig
+    data = "responses"
+
+    def loss(self, model: str, head: LMHead, responses: Responses, frozen: Mapping[str, Frozen]) -> LossOutput:
+        """L = -mean log π_θ(y_t), every response token weighing the same. Counted in tokens.
+
+        Metrics: `nll`, the mean negative log-likelihood of a token in nats (perplexity is its exponential).
+        Collectives over the tensor parallel group: one all-gather of [3, T] forward; backward those of ``head.logits``.
+        """
+        logprobs_T = label_logprobs(head.logits(), responses.targets_T, head.shard)
+        count = responses.lengths_B.sum()
+        loss = -logprobs_T.sum()
+        return LossOutput(loss, count, {"nll": (loss.detach(), count)})

@@ -1,0 +1,100 @@
+"""From a file of records to examples: what is kept, dropped and cut."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_aligndistil.config import DataConfig
+from megatron_aligndistil.data.dataset import DatasetReport, load_dataset
+from megatron_aligndistil.data.tokenizer import load_tokenizer
+from megatron_aligndistil.errors import DataError
+from tests.data.tiny import BOS, EOS, A, B, C, D, make_tokenizer, write_jsonl
+
+PAIRS = [
+    {"prompt": "a", "chosen": "b", "rejected": "c"},
+    {"prompt": "a", "chosen": "", "rejected": "d"},
+    {"prompt": "a a a a", "chosen": "b", "rejected": "c c c c c"},
+]
+
+
+def load(tmp_path, records, form, **settings):
+    source = write_jsonl(tmp_path / "records.jsonl", records)
+    dataset, report = load_dataset(DataConfig(train=source, **settings), source, make_tokenizer(), form)
+    examples = [tuple((row.prompt_length, row.tokens.tolist()) for row in example) for example in dataset]
+    assert len(dataset) == report.examples == len(examples)
+    assert report.tokens == sum(len(tokens) for example in examples for _, tokens in example)
+    return examples, report
+
+
+def test_pairs_are_dropped_and_cut_as_reported(tmp_path):
+    examples, report = load(tmp_path, PAIRS, "pairs", max_prompt_length=3, max_length=6)
+    assert examples == [
+        ((2, [BOS, A, B, EOS]), (2, [BOS, A, C, EOS])),
+        ((3, [A, A, A, B, EOS]), (3, [A, A, A, C, C, C])),
+    ]
+    assert report == DatasetReport(records=3, examples=2, empty=1, no_room=0, cut_prompts=1, cut_responses=1, tokens=19)
+    assert str(report) == (
+        "2 examples of 19 tokens from 3 records; 1 left out as empty; 1 with the prompt's beginning cut to "
+        "max_prompt_length; 1 with a response's end cut to max_length"
+    )
+
+
+@pytest.mark.parametrize(
+    ("responses", "expected"),
+    [
+        ("chosen", [[BOS, A, B, EOS], [BOS, A, A, A, A, B, EOS]]),
+        ("rejected", [[BOS, A, C, EOS], [BOS, A, D, EOS], [BOS, A, A, A, A, C, C, C, C, C, EOS]]),
+        (
+            "both",
+            [
+                [BOS, A, B, EOS],
+                [BOS, A, C, EOS],
+                [BOS, A, D, EOS],
+                [BOS, A, A, A, A, B, EOS],
+                [BOS, A, A, A, A, C, C, C, C, C, EOS],
+            ],
+        ),
+    ],
+)
+def test_pairs_read_as_responses(tmp_path, responses, expected):
+    examples, _ = load(tmp_path, PAIRS, "responses", responses=responses)
+    assert [tokens for ((_, tokens),) in examples] == expected
+
+
+def test_a_prompt_that_leaves_no_room(tmp_path):
+    examples, report = load(tmp_path, PAIRS, "responses", max_length=4)
+    assert [tokens for ((_, tokens),) in examples] == [[BOS, A, B, EOS]]
+    assert (report.empty, report.no_room) == (1, 1)
+
+
+def test_prompts_alone_keep_their_end_and_leave_max_length_to_generation(tmp_path):
+    records = [{"prompt": "a b c d"}, *PAIRS[:1]]
+    examples, report = load(tmp_path, records, "prompts", max_prompt_length=3, max_length=2)
+    assert examples == [((3, [B, C, D]),), ((2, [BOS, A]),)]
+    assert report.cut_prompts == 1
+
+
+def test_first_records_only(tmp_path):
+    assert load(tmp_path, PAIRS, "pairs", max_records=1)[1].records == 1
+
+
+def test_errors_name_file_and_line(tmp_path):
+    for bad in ({"prompt": "a"}, {"prompt_tokens": [A], "response_tokens": [99]}):
+        with pytest.raises(DataError, match=r"records.jsonl line 3: "):
+            load(tmp_path, [*PAIRS[:2], bad], "responses")
+    with pytest.raises(DataError, match="records.jsonl gives no example to work on: 0 examples .* 1 left out as empty"):
+        load(tmp_path, PAIRS[1:2], "pairs")
+    with pytest.raises(DataError, match="0 records"):
+        load(tmp_path, [], "pairs")
+
+
+def test_ultrafeedback(shared_data):
+    source = str(shared_data / "ultrafeedback" / "train.jsonl")
+    tokenizer = load_tokenizer(shared_data / "stories260K" / "hf")
+    config = DataConfig(train=source, max_length=512, max_prompt_length=256)
+    dataset, report = load_dataset(config, source, tokenizer, "pairs")
+    # One chosen and one rejected response of the 1,000 pairs are empty.
+    assert (report.records, report.examples, report.empty, report.no_room) == (1000, 998, 2, 0)
+    assert all(len(chosen.tokens) <= 512 and chosen.prompt_length <= 256 for chosen, _ in dataset)
+    for chosen, rejected in dataset:
+        assert chosen.tokens[: chosen.prompt_length].tolist() == rejected.tokens[: rejected.prompt_length].tolist()
