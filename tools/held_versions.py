@@ -8,7 +8,7 @@ Prints `constraints.txt` changed so that pip replaces nothing which works alread
 - torch and numpy are held at the versions that are there, because the installation's other extensions (Transformer Engine,
   flash attention, apex) were compiled against exactly these.
 
-Usage: python tools/held_versions.py constraints.txt
+Usage: python tools/held_versions.py [constraints.txt]; without the file, only the held versions.
 """
 
 from __future__ import annotations
@@ -49,4 +49,5 @@ def held(lines: Iterable[str], installed: Mapping[str, str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(held(Path(sys.argv[1]).read_text(encoding="utf-8").splitlines(), installed_versions())))
+    pins = [line for path in sys.argv[1:] for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    print("\n".join(held(pins, installed_versions())))

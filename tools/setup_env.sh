@@ -57,17 +57,25 @@ if ! usable "$venv_python" pip || ! grep -qsF "$PWD/.venv" .venv/bin/activate; t
         make_venv
     fi
 fi
+readonly project='.[dev]' progress="set-up: installing the project and its other packages (once)"
 if on_installation; then
     constraints=.venv/constraints.txt
     "$venv_python" tools/held_versions.py constraints.txt >"$constraints"
     echo "set-up: using the CUDA build of torch that is here, version $(sed -n 's/^torch==//p' "$constraints")"
+    echo "$progress"
+    if ! pip_install --editable "$project" 2>.venv/pip.log; then
+        # Say, a pinned pandas that needs a newer numpy than the one that Transformer Engine was compiled against.
+        echo "set-up: the pins do not fit beside what is here (.venv/pip.log); taking versions that do"
+        "$venv_python" tools/held_versions.py >"$constraints"
+        pip_install --editable "$project"
+    fi
 else
     constraints=constraints.txt
     torch=$(grep '^torch==' constraints.txt)
     echo "set-up: installing $torch (once; this can take minutes)"
     pip_install "$torch"
+    echo "$progress"
+    pip_install --editable "$project"
 fi
-echo "set-up: installing the project and its other packages (once)"
-pip_install --editable '.[dev]'
 printf '%s\n' "$state" >"$stamp"
 echo "set-up: done"

@@ -59,9 +59,9 @@ def accuracy_label(name: str) -> str:
     return ACCURACIES.get(name, name.replace("_", " "))
 
 
-def stage_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the table of stages, without columns that no stage has."""
-    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+def stage_table(rows: list[dict[str, Any]], leave_out: str = "") -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table of stages, without columns that no stage has and the one to leave out."""
+    columns = [name for name in COLUMNS if name != leave_out and any(name in row for row in rows)]
     header = ["stage", *(COLUMNS[name][0] for name in columns), "finished", "distinct words"]
     cells = []
     for row in rows:
@@ -186,11 +186,11 @@ def main() -> None:
     images = plots.draw_all(plan, report, {name: accuracy_label(name) for name in plan.accuracy}, args.out)
     write_json(args.out / "report.json", report)
     (args.out / "report.md").write_text(markdown(plan, report, images, args.samples), encoding="utf-8")
-    header, cells = stage_table(report["stages"])
-    table = Table(title=plan.title, box=box.SIMPLE, padding=(0, 1))
+    header, cells = stage_table(report["stages"], leave_out="kl_reverse")  # to fit 80 columns
+    table = Table(title=plan.title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for number, name in enumerate(header):
-        words = [word for row in [header, *cells] for word in row[number].replace(" ± ", " ±_").split()]
-        table.add_column(name, justify="right" if number else "left", min_width=max(map(len, words)))
+        parts = [part for row in [header, *cells] for part in row[number].replace("± ", "±_").split()]
+        table.add_column(name, justify="right" if number else "left", min_width=max(map(len, parts)))
     for row in cells:
         table.add_row(*(cell.replace(" ± ", "\n± ") for cell in row))
     console = Console()

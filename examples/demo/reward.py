@@ -25,7 +25,7 @@ _WORDS_BY_VALENCE = {
         friends hug hugged hugs hugging kiss kissed beautiful lovely proud excited cheerful celebrate celebrated win
         won friendly kind enjoy enjoyed favorite brave""",
     1: """good nice pretty warm sweet gentle gently safe help helped helping helpful share shared thank thanked thanks
-        gift bright calm better funny cheered cozy cute delicious hope hoped hopeful care cared caring special
+        gift bright calm better funny cheered cozy cute yummy delicious hope hoped hopeful care cared caring special
         clever smart peaceful welcome comfort comforted kindly""",
     -1: """bad alone cold dark tired sorry wrong dirty hungry missed problem trouble grumpy bored stuck sighed rude
         nervous poor sore monster""",

@@ -21,7 +21,7 @@ class AlignDistilConfig(Section):
     name: Literal["aligndistil"] = "aligndistil"
     """Token-level distillation from a DPO model and a reverse DPO model (or the reference)."""
     teacher: Literal["adaptive", "contrastive", "vanilla", "vanilla_adaptive"] = "adaptive"
-    """`adaptive`: the method; `contrastive`: its constant form; `vanilla...`: with the reference for the reverse model."""
+    """`adaptive`: the method; `contrastive`: its constant form; `vanilla...`: reference in reverse's place."""
     beta0: float = Field(0.1, gt=0)
     """β0, the β that the DPO models were trained with."""
     beta: float = Field(0.08, gt=0)

@@ -22,7 +22,7 @@ class DPOConfig(Section):
     beta: float = Field(0.1, gt=0)
     """β0, the strength of the implicit KL penalty."""
     direction: Literal["forward", "reverse", "both"] = "forward"
-    """`reverse` swaps chosen and rejected; `both` trains both models on the same batches and runs the reference once."""
+    """`reverse` swaps chosen and rejected; `both` trains both models on the same batches, the reference run once."""
 
 
 class DPO(Algorithm):

@@ -70,53 +70,61 @@ def check_layout(config: ParallelConfig, world_size: int) -> int:
     if config.vpp > 1 and config.pp == 1:
         raise ConfigError(f"vpp {config.vpp} needs a pipeline: set pp to 2 or more, or vpp to 1")
     if config.sequence_parallel and config.tp == 1:
-        raise ConfigError("sequence_parallel splits work over the tensor parallel group: set tp to 2 or more, or turn it off")
+        raise ConfigError(
+            "sequence_parallel splits work over the tensor parallel group: set tp to 2 or more, or turn it off"
+        )
     return world_size // model_parallel
 
 
 @contextmanager
-def parallel_session(config: ParallelConfig) -> Iterator[Parallel]:
-    """Set up the process group (where torchrun or a test has not) and Megatron's groups for one layout; undo on leaving.
+def process_group() -> Iterator[Backend]:
+    """torch.distributed over all processes of the job, started here unless it already is.
 
-    One process without torchrun's environment becomes a world of one. Several sessions may follow one another in a process,
-    with different layouts.
+    One process without torchrun's environment becomes a world of one.
     """
+    backend = select()
+    if dist.is_initialized():
+        yield backend
+        return
+    for variable, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        os.environ.setdefault(variable, alone)
+    dist.init_process_group(backend.collectives, timeout=timedelta(minutes=30))
+    yield backend
+    # Not after an error: the process ends then, and the group's store is still wanted to report the error once.
+    dist.destroy_process_group()
+
+
+@contextmanager
+def parallel_session(config: ParallelConfig) -> Iterator[Parallel]:
+    """Megatron's groups for one layout; undone on leaving, so that a session with another layout may follow."""
     from megatron.core import parallel_state, tensor_parallel
 
-    backend = select()
-    started_here = not dist.is_initialized()
-    if started_here:
-        for variable, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
-            os.environ.setdefault(variable, alone)
-        dist.init_process_group(backend.collectives, timeout=timedelta(minutes=30))
-    dp = check_layout(config, dist.get_world_size())
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tp,
-        pipeline_model_parallel_size=config.pp,
-        virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
-    )
-    try:
-        # Nothing here draws random numbers inside a layer (dropout is 0), so Megatron's trackers have nothing to track.
-        tensor_parallel.model_parallel_cuda_manual_seed(0, inference_rng_tracker=True, force_reset_rng=True)
-        yield Parallel(
-            backend=backend,
-            tp=config.tp,
-            pp=config.pp,
-            vpp=config.vpp,
-            dp=dp,
-            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            pp_group=parallel_state.get_pipeline_model_parallel_group(),
-            dp_group=parallel_state.get_data_parallel_group(),
-            sequence_parallel=config.sequence_parallel,
+    with process_group() as backend:
+        dp = check_layout(config, dist.get_world_size())
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tp,
+            pipeline_model_parallel_size=config.pp,
+            virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
         )
-    finally:
-        parallel_state.destroy_model_parallel()
-    # After an error the process ends, and the group's store is still wanted to report it once (errors in __main__).
-    if started_here:
-        dist.destroy_process_group()
+        try:
+            # Nothing here draws random numbers inside a layer (dropout is 0), so Megatron's trackers have nothing to track.
+            tensor_parallel.model_parallel_cuda_manual_seed(0, inference_rng_tracker=True, force_reset_rng=True)
+            yield Parallel(
+                backend=backend,
+                tp=config.tp,
+                pp=config.pp,
+                vpp=config.vpp,
+                dp=dp,
+                tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+                pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+                dp_rank=parallel_state.get_data_parallel_rank(),
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                pp_group=parallel_state.get_pipeline_model_parallel_group(),
+                dp_group=parallel_state.get_data_parallel_group(),
+                sequence_parallel=config.sequence_parallel,
+            )
+        finally:
+            parallel_state.destroy_model_parallel()
 
 
 def on_first_rank(function, *args):

@@ -46,8 +46,8 @@ def compose_teacher(
     contrastive, 17         dpo         dpo             reverse
     ======================  ==========  ==============  =========
 
-    A constant α is ``rate=0, offset=α``; the paper's adaptive one is ``rate=r, offset=ε`` (16). The authors' code leaves
-    out the ½ of TVD_t = ½ Σ_v |p(v) - q(v)|: that is ``rate=2·r``.
+    A constant α is ``rate=0, offset=α``; the paper's adaptive one is ``rate=r, offset=ε`` (16). The authors' code
+    leaves out the ½ of TVD_t = ½ Σ_v |p(v) - q(v)|: that is ``rate=2·r``.
 
     Args:
         base_logits_Tv, positive_logits_Tv, negative_logits_Tv: this rank's columns; may be the same tensor.

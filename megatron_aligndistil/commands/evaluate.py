@@ -1,0 +1,136 @@
+"""``aligndistil evaluate``: reward accuracy on preference pairs, or KL between models on responses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_aligndistil.commands.options import describe, parse, processes_for, run_on_processes, take, wants_help
+from megatron_aligndistil.config import DataConfig, ParallelConfig, PrecisionConfig, Section
+from megatron_aligndistil.errors import ConfigError
+
+_USAGE = """usage: aligndistil evaluate --measure accuracy|kl --data FILE --models.NAME PATH ... [--out FILE.json] [--KEY VALUE ...]
+
+accuracy: how often each implicit reward prefers the chosen response of a pair. With a reference: log(policy/reference),
+          log(dpo/reference), log(reference/reverse); with dpo and reverse: the contrastive reward log(dpo/reverse).
+kl:       KL of the policy from each other model, summed over a response, with entropy and length, on the responses of FILE (such
+          as `aligndistil generate` writes).
+"""
+
+
+class EvaluatedModels(Section):
+    policy: str | None = None
+    """Checkpoint of the policy."""
+    reference: str | None = None
+    """Checkpoint of the reference (initial) model."""
+    dpo: str | None = None
+    """Checkpoint of the DPO model."""
+    reverse: str | None = None
+    """Checkpoint of the reverse DPO model."""
+
+
+class EvaluateConfig(Section):
+    measure: Literal["accuracy", "kl"]
+    """What to measure."""
+    data: str
+    """Preference pairs (accuracy) or responses (kl)."""
+    out: str | None = None
+    """JSON file to write as well."""
+    models: EvaluatedModels = EvaluatedModels()
+    max_length: int = Field(2048, ge=2)
+    """Longest sequence in tokens."""
+    max_prompt_length: int = Field(1024, ge=1)
+    """Longest prompt in tokens."""
+    micro_size: int = Field(8, ge=1)
+    """Examples in one forward pass of one data parallel rank."""
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    if wants_help(arguments):
+        print(_USAGE + "\nkeys:\n" + describe(EvaluateConfig))
+        return 0
+    nproc, rest = take(arguments, "--nproc")
+    config = parse(EvaluateConfig, rest)
+    check(config)
+    tp, pp = config.parallel.tp, config.parallel.pp
+    return run_on_processes("evaluate", rest, nproc, lambda: processes_for(tp, pp), lambda: evaluate(config))
+
+
+def check(config: EvaluateConfig) -> None:
+    """Raise ConfigError when too few models are given for the measure."""
+    given = {name for name, path in config.models.model_dump().items() if path}
+    if config.measure == "kl" and ("policy" not in given or len(given) < 2):
+        raise ConfigError("measure kl needs --models.policy and at least one model to compare it with")
+    if config.measure == "accuracy" and not ({"dpo", "reverse"} <= given or ("reference" in given and len(given) > 1)):
+        raise ConfigError("measure accuracy needs --models.reference and another model, or --models.dpo and --models.reverse")
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Load the models, measure, print a table, and write the JSON file."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_aligndistil.data.dataset import load_dataset
+    from megatron_aligndistil.data.loader import GlobalBatches
+    from megatron_aligndistil.data.tokenizer import load_tokenizer, pad_id
+    from megatron_aligndistil.engine import checkpoint, evaluation
+    from megatron_aligndistil.engine.model import build_model, freeze
+    from megatron_aligndistil.engine.parallel import parallel_session
+    from megatron_aligndistil.engine.reporter import track
+    from megatron_aligndistil.engine.schedule import Model
+    from megatron_aligndistil.models.architecture import require_same
+
+    paths = {name: path for name, path in config.models.model_dump().items() if path}
+    architectures = {name: checkpoint.read_architecture(path) for name, path in paths.items()}
+    require_same(architectures)
+    arch = next(iter(architectures.values()))
+    tokenizer = load_tokenizer(checkpoint.description_folder(next(iter(paths.values()))))
+    limits = DataConfig(train=config.data, max_length=config.max_length, max_prompt_length=config.max_prompt_length)
+    accuracy = config.measure == "accuracy"
+    with parallel_session(config.parallel) as parallel:
+        dataset, report = load_dataset(limits, config.data, tokenizer, "pairs" if accuracy else "responses")
+        models = {}
+        for name, path in paths.items():
+            chunks = build_model(arch, parallel, config.precision)
+            checkpoint.load_model(chunks, path, arch, parallel)
+            freeze(chunks)
+            models[name] = Model(chunks, arch)
+        batches = GlobalBatches(
+            dataset,
+            # As many micro-batches a step as there are pipeline stages and chunks keeps every stage at work.
+            global_size=config.micro_size * parallel.dp * parallel.pp * parallel.vpp,
+            micro_size=config.micro_size,
+            pad_id=min(pad_id(tokenizer), arch.vocab_size - 1),
+            dp_rank=parallel.dp_rank,
+            dp_size=parallel.dp,
+            shuffle=False,
+            drop_last=False,
+            pad_multiple=parallel.tp if parallel.sequence_parallel else 1,
+        )
+        with track(f"evaluate {config.measure}", batches.steps_per_epoch, parallel.is_reporter) as advance:
+            found = evaluation.evaluate(
+                models,
+                "logprobs" if accuracy else "distribution",
+                evaluation.reward_accuracy if accuracy else evaluation.divergence,
+                batches,
+                parallel,
+                advance,
+            )
+        if not parallel.is_reporter:
+            return
+        table = Table(title=f"{config.measure} on {config.data} ({report})")
+        for column in ("measure", "mean", "standard error", "examples"):
+            table.add_column(column)
+        for name, estimate in found.items():
+            table.add_row(name, f"{estimate.mean:.4f}", f"{estimate.stderr:.4f}", str(estimate.count))
+        Console().print(table)
+        if config.out:
+            Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+            Path(config.out).write_text(json.dumps({name: asdict(each) for name, each in found.items()}, indent=2) + "\n")
