@@ -13,7 +13,7 @@ setup:  ## make .venv and install everything, pinned (the other targets do it to
 	@tools/setup_env.sh
 
 demo: setup  ## run the whole pipeline; MODEL=folder starts from that model, DATA=file brings your own preferences
-	.venv/bin/aligndistil pipeline --config examples/demo/pipeline.yaml $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
+	.venv/bin/aligndistil pipeline --config examples/demo/pipeline.yaml $(if $(MODEL),--vars.model $(MODEL)) $(if $(DATA),--vars.data $(DATA))
 
 test: lint  ## lint, then every test; those that need a GPU are skipped where there is none
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest

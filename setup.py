@@ -13,7 +13,7 @@ def read_version() -> str:
     text = (ROOT / "megatron_aligndistil" / "__init__.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if found is None:
-        raise RuntimeError("megatron_aligndistil/__init__.py has no line __version__ = \"...\"")
+        raise RuntimeError('megatron_aligndistil/__init__.py has no line __version__ = "..."')
     return found.group(1)
 
 

@@ -9,8 +9,17 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; inherited by workers
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
 from tests.workers import Workers  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` skip where torch sees no GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU here"))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 
 import pytest
@@ -27,6 +28,10 @@ def fail_on_one_rank() -> None:
 
 def sleep_for_ever() -> None:
     time.sleep(1000)
+
+
+def leave_a_process_behind() -> int:
+    return subprocess.Popen(["sleep", "1000"]).pid
 
 
 def die() -> None:
@@ -58,3 +63,20 @@ def test_hung_or_dead_worker_is_replaced() -> None:
         assert int(workers.run(1, total_of_ranks, 1)[0]) == 0
     finally:
         workers.close()
+
+
+def test_processes_that_workers_started_end_with_the_pool() -> None:
+    workers = Workers()
+    child = workers.run(1, leave_a_process_behind)[0]
+    os.kill(child, 0)
+    workers.close()
+    deadline = time.monotonic() + 10
+    while _is_running(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether the process runs; one that has ended and that nobody has waited for does not."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")

@@ -7,15 +7,16 @@ and are sent by name; arguments and results are sent by value.
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -68,7 +69,7 @@ class Workers:
             ready = wait(list(ranks), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 waiting = sorted(ranks.values())
-                self.close()
+                self.close(patience=0)
                 raise failure or TimeoutError(f"ranks {waiting} of {len(members)} did not end in time")
             for connection in ready:
                 assert isinstance(connection, Connection)
@@ -77,7 +78,7 @@ class Workers:
                     results[rank], error, failed = pickle.loads(connection.recv_bytes())
                 except EOFError:
                     members[rank][0].join()
-                    self.close()
+                    self.close(patience=0)
                     raise failure or RuntimeError(
                         f"the worker of rank {rank} died with exit code {members[rank][0].exitcode}"
                     ) from None
@@ -88,10 +89,15 @@ class Workers:
             raise failure
         return results
 
-    def close(self) -> None:
-        """End the pool's processes. The next call starts new ones."""
-        for process, connection in self._members:
+    def close(self, patience: float = 10.0) -> None:
+        """End the pool's processes, within `patience` seconds by themselves. The next call starts new ones."""
+        for _, connection in self._members:
             connection.close()
+        deadline = time.monotonic() + patience
+        for process, _ in self._members:
+            process.join(max(0.0, deadline - time.monotonic()))
+            with suppress(ProcessLookupError):
+                os.killpg(_pid(process), signal.SIGKILL)  # with any process that it has left behind
             process.kill()
             process.join()
         self._members.clear()
@@ -107,8 +113,14 @@ def _start() -> tuple[BaseProcess, Connection]:
     return process, here
 
 
+def _pid(process: BaseProcess) -> int:
+    assert process.pid is not None, "it was started"
+    return process.pid
+
+
 def _serve(connection: Connection) -> None:
     """A worker's life: take a call, answer it, until the pipe closes."""
+    os.setpgid(0, 0)  # a process group of its own, for `close` to end with all that the calls started
     torch.set_num_threads(1)
     while True:
         try:
@@ -140,7 +152,6 @@ def _forget_groups() -> None:
         sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-    gc.collect()
 
 
 def _pack_error(error: Exception, rank: int) -> bytes:

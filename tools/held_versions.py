@@ -3,10 +3,10 @@
 Prints `constraints.txt` changed so that pip replaces nothing which works already:
 
 - what is not installed keeps its pin;
-- what is installed loses its pin, so pip leaves it alone unless the project needs another version, and then puts that one in
-  the virtual environment only;
-- torch and numpy are held at the versions that are there, because the installation's other extensions (Transformer Engine,
-  flash attention, apex) were compiled against exactly these.
+- what is installed loses its pin, so pip leaves it alone unless the project needs another version, and then puts that
+  one in the virtual environment only;
+- torch and numpy are held at the versions that are there, because the installation's other extensions (Transformer
+  Engine, flash attention, apex) were compiled against exactly these.
 
 Usage: python tools/held_versions.py [constraints.txt]; without the file, only the held versions.
 """
@@ -28,7 +28,7 @@ def normalise(name: str) -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Normalised name -> version of everything this interpreter can import; the first one found is the one it imports."""
+    """Normalised name -> version of all that this interpreter can import; of two, the one that it would import."""
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]

@@ -41,11 +41,11 @@ def draw_all(plan: Plan, report: dict[str, Any], accuracy_labels: dict[str, str]
     with plt.rc_context(STYLE):
         if plan.stages[0].rewards is not None:
             plotted["reward.png"] = ("True reward of every stage", reward_by_stage(rows, colours))
-            if sum("kl_initial" in row for row in rows) > 1:
+            if sum("kl_reference" in row for row in rows) > 1:
                 canvas = reward_against_kl(rows, colours, plan.kl_unit)
                 plotted["reward_against_kl.png"] = ("True reward against KL from the initial model", canvas)
             plotted["reward_histogram.png"] = ("Distribution of true reward", reward_histogram(plan.stages, colours))
-        elif any("kl_initial" in row for row in rows):
+        elif any("kl_reference" in row for row in rows):
             plotted["kl.png"] = ("KL from the initial model", divergence_by_stage(rows, colours, plan.kl_unit))
         if plan.accuracy:
             canvas = accuracies(plan.accuracy, accuracy_labels)
@@ -80,9 +80,9 @@ def reward_by_stage(rows: list[dict[str, Any]], colours: dict[str, str]) -> Canv
 
 def divergence_by_stage(rows: list[dict[str, Any]], colours: dict[str, str], unit: str) -> Canvas:
     """KL from the initial model of every stage that has it."""
-    with_kl = [row for row in rows if "kl_initial" in row]
+    with_kl = [row for row in rows if "kl_reference" in row]
     canvas, axes = plt.subplots(figsize=(7.5, 0.9 + 0.65 * len(with_kl)))
-    _dots(axes, [(row["label"], row["kl_initial"], colours[row["label"]]) for row in with_kl], digits=2)
+    _dots(axes, [(row["label"], row["kl_reference"], colours[row["label"]]) for row in with_kl], digits=2)
     axes.set_xlabel(f"KL from the initial model ({unit}, ± standard error)")
     return canvas
 
@@ -100,8 +100,8 @@ def reward_against_kl(rows: list[dict[str, Any]], colours: dict[str, str], unit:
     """What reward was bought with how much divergence from the initial model."""
     canvas, axes = plt.subplots(figsize=(7.5, 4.5))
     for row in rows:
-        if "kl_initial" in row:
-            kl, value = row["kl_initial"], row["true_reward"]
+        if "kl_reference" in row:
+            kl, value = row["kl_reference"], row["true_reward"]
             axes.errorbar(
                 kl["mean"],
                 value["mean"],

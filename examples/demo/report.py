@@ -11,7 +11,7 @@ The stages file (YAML or JSON; paths are relative to --run) looks like this; wha
     stages:
       - label: DPO
         samples: samples/dpo.jsonl      # continuations of the evaluation prompts
-        evaluation: evaluation/dpo.json # optional: {"kl_dpo": {"mean", "stderr", "count"}, "kl_initial": ..., ...}
+        evaluation: evaluation/dpo.json # optional: {"kl_dpo": {"mean", "stderr", "count"}, "kl_reference": ..., ...}
         metrics: dpo/metrics.jsonl      # optional: one object a training step
         model: dpo                      # optional: whose metrics to draw, where one run trained several models
         about: ...                      # optional: one sentence
@@ -35,7 +35,7 @@ from summary import DIVERGENCES, Figure, Plan, paired_difference, read_plan, sta
 COLUMNS = {
     "true_reward": ("true reward", 3),
     "kl_dpo": ("KL from DPO", 2),
-    "kl_initial": ("KL from initial", 2),
+    "kl_reference": ("KL from initial", 2),
     "kl_reverse": ("KL from reverse", 2),
     "length": ("length", 1),
 }

@@ -13,7 +13,7 @@ from records import Record, read_json, read_jsonl
 from reward import reward, words
 
 Figure = dict[str, Any]  # {"mean", "stderr", "count"}; stderr is None where one value alone says nothing about it
-DIVERGENCES = ("kl_dpo", "kl_initial", "kl_reverse")
+DIVERGENCES = ("kl_dpo", "kl_reference", "kl_reverse")
 
 
 @dataclass(frozen=True)

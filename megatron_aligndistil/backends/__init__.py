@@ -40,3 +40,11 @@ def select() -> Backend:
 
     cpu.activate()
     return Backend(torch.device("cpu"), "gloo", torch.float32)
+
+
+def import_megatron() -> None:
+    """Import Megatron-Core in the way that suits this machine; what imports it first should call this before."""
+    if not torch.cuda.is_available():
+        from megatron_aligndistil.backends import cpu
+
+        cpu.import_megatron()

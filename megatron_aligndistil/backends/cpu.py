@@ -13,10 +13,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "ones_like", "rand", "randn", "tensor", "zeros", "zeros_like")
 _active = False
+
+
+def import_megatron() -> None:
+    """Import Megatron-Core with its torch.compile decorations left out.
+
+    What they decorate is never fused here, and importing torch's compiler would cost every process a second.
+    """
+    compiler = torch.compile
+    torch.compile = lambda function=None, **_: function if function else (lambda decorated: decorated)  # type: ignore[assignment]
+    try:
+        import megatron.core.models.gpt  # noqa: F401
+    finally:
+        torch.compile = compiler
 
 
 def activate() -> None:
@@ -26,6 +40,8 @@ def activate() -> None:
         return
     if torch.cuda.is_available():
         raise RuntimeError("the CPU backend is only for machines without CUDA")
+    import_megatron()
+    _device_constructors()  # torch's own list for `with torch.device(...)`, which must hold the functions as they are now
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     # The type checker is right that methods are replaced here: that is the purpose of this file.
@@ -95,31 +111,30 @@ class _Stream:
 
 
 def _stand_in_for_streams() -> None:
-    def nothing(*_: Any, **__: Any) -> None: ...
-
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
-    cuda.set_device = nothing
-    cuda.synchronize = nothing
-    cuda.empty_cache = nothing
+    # A function each: torch's compiler, where it is imported later, refuses one function under two names.
+    cuda.set_device = lambda _device: None
+    cuda.synchronize = lambda _device=None: None
+    cuda.empty_cache = lambda: None
     cuda.Stream = cuda.Event = _Stream
-    cuda.current_stream = cuda.default_stream = lambda *_, **__: _Stream()
+    cuda.current_stream = lambda _device=None: _Stream()
+    cuda.default_stream = lambda _device=None: _Stream()
     cuda.stream = lambda _stream: contextlib.nullcontext()
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = nothing
+    cuda.nvtx.range_push = lambda _message: None
+    cuda.nvtx.range_pop = lambda: None
 
 
 def _stand_in_for_random_state() -> None:
     """Megatron's 'CUDA' random state becomes the CPU's own."""
 
-    def get_state(*_: Any, **__: Any) -> torch.Tensor:
-        return torch.get_rng_state()
-
     def set_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
         torch.set_rng_state(state)
 
     cuda: Any = torch.cuda
-    cuda.get_rng_state = cuda.random.get_rng_state = get_state
-    cuda.set_rng_state = cuda.random.set_rng_state = set_state
+    cuda.get_rng_state = lambda _device=None: torch.get_rng_state()
+    cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, _device=None: torch.set_rng_state(state)
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
 
     from megatron.core.tensor_parallel import random as megatron_random

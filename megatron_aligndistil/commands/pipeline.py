@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -18,13 +18,13 @@ from pydantic import Field
 
 from megatron_aligndistil.commands import convert, evaluate, generate
 from megatron_aligndistil.commands.options import describe, parse, processes_for, run_on_processes, take, wants_help
-from megatron_aligndistil.config import Section, TrainConfig, build, merge
+from megatron_aligndistil.config import Section, TrainConfig, build, merge, read_yaml
 from megatron_aligndistil.errors import AlignDistilError, ConfigError
 
 _USAGE = """usage: aligndistil pipeline --config FILE [--nproc N] [--vars.NAME VALUE ...]
 
 Runs the stages of FILE in order. A stage is a name and one of: train, generate, evaluate, convert (with the keys of that command) or script
-(a Python file and its arguments). ${NAME} stands for a value of `vars`, ${dir} for the pipeline's folder. `defaults` is laid under
+(a Python file and its arguments); `include: FILE` stands for the stages of another file. ${NAME} stands for a value of `vars`, ${dir} for the pipeline's folder. `defaults` is laid under
 every stage. Stages that are done are skipped, unless their settings or an earlier stage changed.
 """
 
@@ -80,7 +80,7 @@ def read_stages(config: PipelineConfig) -> list[Stage]:
     values = {**config.vars, "dir": config.dir}
     stages: list[Stage] = []
     fingerprint = ""
-    for number, raw in enumerate(config.stages, 1):
+    for number, raw in enumerate(_included(config.stages), 1):
         name = str(raw.get("name", ""))
         kinds = [key for key in raw if key != "name"]
         if not name or len(kinds) != 1 or kinds[0] not in {*_SCHEMAS, "script"}:
@@ -90,6 +90,15 @@ def read_stages(config: PipelineConfig) -> list[Stage]:
         fingerprint = hashlib.sha256((fingerprint + yaml.safe_dump([kind, filled, config.defaults])).encode()).hexdigest()
         stages.append(Stage(name, kind, _settings(kind, filled, config.defaults, name), fingerprint))
     return stages
+
+
+def _included(stages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The stages, with those of another file in the place of each `include: FILE`."""
+    for stage in stages:
+        if list(stage) == ["include"]:
+            yield from _included(read_yaml(stage["include"]).get("stages") or [])
+        else:
+            yield stage
 
 
 def _fill(value: Any, values: dict[str, Any], stage: str) -> Any:

@@ -2,7 +2,10 @@
 
 import warnings
 
+from megatron_aligndistil.backends import import_megatron
+
 # What is not installed and what that costs is `aligndistil doctor`'s to say, once, and not every process's at every start.
 for category in (DeprecationWarning, UserWarning):
     warnings.filterwarnings("ignore", category=category, module="megatron")
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+import_megatron()

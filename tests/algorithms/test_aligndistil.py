@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_aligndistil import algorithms
-from tests.algorithms.cases import Case, Result, make_case, run_sharded
+from tests.algorithms.cases import Case, Result, dense_gradients, make_case, run_sharded, with_gradient
 from tests.algorithms.checks import assert_cut_does_not_matter, assert_equals_dense
 from tests.shards import SIZES, VOCABULARIES, assert_same
 from tests.workers import Workers
@@ -43,6 +43,7 @@ def dense(case: Case, teacher: str) -> tuple[Tensor, dict[str, tuple[float, int]
     rows = [span for span, length in zip(case.spans, case.lengths, strict=True) if length]
     loss = sum((beta0 / alpha_T * kl(z_star))[span].mean() for span in rows)
     assert isinstance(loss, Tensor)
+    p_TV, logp_TV = p_TV.detach(), logp_TV.detach()  # for metrics
     reward_T = beta0 * (p_TV * (z_dpo.log_softmax(1) - z_other.log_softmax(1))).sum(1)
     tokens = len(case.targets_T)
     return loss, {
@@ -93,18 +94,18 @@ def authors(case: Case, beta: float, beta2: float) -> Tensor:
 def test_official_compat_is_the_authors_loss(workers: Workers) -> None:
     case = make_case([3, 1, 5])
     compat = section("adaptive", r=10.0, official_compat=True)
-
-    def reference(whole: Case) -> tuple[Tensor, dict[str, tuple[float, int]]]:
-        return authors(whole, beta=0.1, beta2=10.0), {}
-
     results: list[Result] = workers.run(2, run_sharded, compat, "policy", case)
-    twice: list[Result] = workers.run(2, run_sharded, section("adaptive", r=20.0), "policy", case)
-    loss, _ = reference(case)
-    assert_same(results[0].output.loss_sum, loss)
+    whole = with_gradient(case)
+    loss = authors(whole, beta=0.1, beta2=10.0)
+    hidden_TH, weight_HV = dense_gradients(loss, whole)
+    assert_same(results[0].output.loss_sum, loss.detach())
+    assert_same(results[0].hidden_grad_TH, hidden_TH)
+    assert_same([result.weight_grad_Hv for result in results], weight_HV)
+
     # Without the ½, a coefficient of r/2 gives the paper's loss at r; the metric tvd keeps its ½.
-    assert_same(results[0].output.loss_sum, twice[0].output.loss_sum, 1e-14)
-    assert_same(results[0].output.metrics["tvd"][0], twice[0].output.metrics["tvd"][0], 1e-14)
-    assert_same([result.weight_grad_Hv for result in results], torch.cat([r.weight_grad_Hv for r in twice], 1), 1e-13)
+    paper: Result = workers.run(2, run_sharded, section("adaptive", r=20.0), "policy", case)[0]
+    for name, (total, _) in paper.output.metrics.items():
+        assert_same(results[0].output.metrics[name][0].double(), total.double(), 1e-13)
     assert algorithms.build(compat).shifted_mask
     assert not algorithms.build(section("adaptive")).shifted_mask
 

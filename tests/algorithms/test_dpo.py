@@ -43,12 +43,13 @@ def dense(case: Case, reverse: bool = False, beta: float = 0.3) -> tuple[Tensor,
         reward_w = beta * (summed["policy", "w"] - summed["reference", "w"])
         reward_l = beta * (summed["policy", "l"] - summed["reference", "l"])
         loss = loss + (1 + (reward_l - reward_w).exp()).log()
+        reward_w, reward_l = reward_w.detach(), reward_l.detach()
         sums["accuracy"] += float(reward_w > reward_l)
         sums["margin"] += float(reward_w - reward_l)
         sums["reward_chosen"] += float(reward_w)
         sums["reward_rejected"] += float(reward_l)
-        sums["logps_chosen"] += float(summed["policy", "w"])
-        sums["logps_rejected"] += float(summed["policy", "l"])
+        sums["logps_chosen"] += float(summed["policy", "w"].detach())
+        sums["logps_rejected"] += float(summed["policy", "l"].detach())
     return loss, {name: (total, pairs) for name, total in sums.items()}
 
 

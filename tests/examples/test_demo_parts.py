@@ -258,8 +258,8 @@ def write_run(folder: Path) -> None:
         steps = [{"step": s, "time": 0.5, "train/dpo/loss": 1 / s, "train/policy/loss": 2 / s} for s in (1, 2, 3)]
         write_jsonl(folder / f"{name}.metrics.jsonl", steps)
     figure = {"mean": 2.5, "stderr": 0.25, "count": 3}
-    write_json(folder / "dpo.json", {"kl_initial": figure})
-    write_json(folder / "policy.json", {"kl_initial": figure | {"mean": 4.0}, "kl_dpo": figure})
+    write_json(folder / "dpo.json", {"kl_reference": figure})
+    write_json(folder / "policy.json", {"kl_reference": figure | {"mean": 4.0}, "kl_dpo": figure})
     write_json(folder / "accuracy.json", {"dpo_reward": {"mean": 0.625, "stderr": 0.05, "count": 64}})
     entries = [
         {

@@ -58,6 +58,7 @@ def sharded_label_logprobs(full_TV: Tensor, targets_T: Tensor, weights_T: Tensor
 def test_label_logprobs_equal_dense(workers: Workers, tp: int, vocab: int, padded: int, scale: float) -> None:
     # Every token is a target once, so each side of each shard boundary is.
     full_TV, targets_T, weights_T = logits_of(vocab, vocab, scale=scale), torch.arange(vocab), logits_of(vocab, seed=1)
+    full_TV -= 10 * scale  # all negative: the largest logit of an empty shard must not count as 0
     results = workers.run(tp, sharded_label_logprobs, full_TV, targets_T, weights_T, padded)
 
     full_TV.requires_grad_()
@@ -89,6 +90,7 @@ def sharded_divergences(
 @pytest.mark.parametrize("tp", SIZES)
 def test_divergences_equal_dense(workers: Workers, tp: int, vocab: int, padded: int, scale: float) -> None:
     policy_TV, teacher_TV, other_TV = (logits_of(5, vocab, scale=scale, seed=seed) for seed in range(3))
+    teacher_TV -= 10 * scale
     # Two likely tokens at any scale: were there one, the gradient would be 0 but for rounding.
     policy_TV[:, 0] = policy_TV[:, 1:].amax(1) - 0.5
     weights_T = logits_of(5, seed=3)
