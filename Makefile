@@ -12,8 +12,15 @@ help:  ## this list
 setup:  ## make .venv and install everything, pinned (the other targets do it too, once)
 	@tools/setup_env.sh
 
-demo: setup  ## run the whole pipeline; MODEL=folder starts from that model, DATA=file brings your own preferences
-	.venv/bin/aligndistil pipeline --config examples/demo/pipeline.yaml $(if $(MODEL),--vars.model $(MODEL)) $(if $(DATA),--vars.data $(DATA))
+demo: setup  ## run the whole method; MODEL=folder starts from that model, DATA=file adds your own preference pairs
+ifdef DATA
+	$(if $(MODEL),,$(error DATA needs MODEL=folder as well: the model that the pairs are to align))
+	.venv/bin/aligndistil pipeline --config examples/demo/preferences.yaml --vars.initial $(MODEL) --vars.data $(DATA)
+else ifdef MODEL
+	.venv/bin/aligndistil pipeline --config examples/demo/pretrained.yaml --vars.initial $(MODEL)
+else
+	.venv/bin/aligndistil pipeline --config examples/demo/pipeline.yaml
+endif
 
 test: lint  ## lint, then every test; those that need a GPU are skipped where there is none
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest

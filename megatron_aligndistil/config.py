@@ -206,7 +206,11 @@ def _explain(schema: type[Section], problem: Any, where: str) -> str:
         if not nearest:
             by_leaf = {name.rpartition(".")[2]: name for name in candidates}
             nearest = [by_leaf[leaf] for leaf in difflib.get_close_matches(location[-1], by_leaf, 1, 0.6)]
-        hint = f"did you mean {where + '.' if where else ''}{nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
+        hint = (
+            f"did you mean {where + '.' if where else ''}{nearest[0]}?"
+            if nearest
+            else f"known keys: {', '.join(known)}"
+        )
         return f"unknown configuration key {key}; {hint}"
     if problem["type"] == "missing":
         return f"the configuration needs {key}; set it in the YAML file or with --{key}"

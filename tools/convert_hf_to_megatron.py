@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Hugging Face folder -> Megatron distributed checkpoint: tools/convert_hf_to_megatron.py --source HF --out FOLDER [--parallel.tp 2]."""
+"""Hugging Face folder -> Megatron distributed checkpoint.
+
+tools/convert_hf_to_megatron.py --source HF --out FOLDER [--parallel.tp 2]
+"""
 
 import sys
 

@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Megatron distributed checkpoint -> Hugging Face folder: tools/convert_megatron_to_hf.py --source FOLDER --out HF [--parallel.tp 2]."""
+"""Megatron distributed checkpoint -> Hugging Face folder.
+
+tools/convert_megatron_to_hf.py --source FOLDER --out HF [--parallel.tp 2]
+"""
 
 import sys
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Check a conversion: are the tensors of two Hugging Face folders the same, bit for bit, and do our logits equal transformers'?
+"""Check a conversion: are all tensors the same, bit for bit, and do our logits equal those of transformers?
 
     tools/verify_conversion.py HF_FOLDER CHECKPOINT [--tolerance 1e-4]
 
-CHECKPOINT is a Megatron distributed checkpoint or a Hugging Face folder made from HF_FOLDER. It is loaded into a Megatron model in
-fp32 in one process; its weights are written back to a temporary folder and compared, and its logits on random tokens are compared
-with those that transformers computes from HF_FOLDER.
+CHECKPOINT is a Megatron distributed checkpoint or a Hugging Face folder made from HF_FOLDER. It is loaded into a
+Megatron model in fp32 in one process; its weights are written back to a temporary folder and compared, and its logits
+on random tokens are compared with those that transformers computes from HF_FOLDER.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from summary import Plan, Stage  # noqa: E402
 # Grey for where all begins, then the colours of Okabe and Ito, which colour-blind readers can tell apart.
 COLOURS = ("#7a7a7a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288")
 # Metrics worth a panel, best first, by a part of their name; bookkeeping is never drawn.
-PREFERRED = ("loss", "expected_reward", "accuracy", "kl_dpo", "margin", "kl", "alpha", "tvd")
+PREFERRED = ("loss", "reward", "accuracy", "kl_dpo_sequence", "margin", "alpha", "tvd")
 BOOKKEEPING = {"step", "time", "seconds", "tokens_per_second", "lr", "grad_norm", "epoch", "length"}
 STYLE: Any = {
     "figure.dpi": 100,

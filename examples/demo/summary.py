@@ -80,7 +80,8 @@ def read_plan(path: Path, run: Path, with_reward: bool) -> Plan:
         kl_unit=content.get("kl_unit", "nats per response"),
         stages=stages,
         accuracy=read_json(run / content["accuracy"]) if content.get("accuracy") else {},
-        pairs=read_json(run / content["pairs"]) if content.get("pairs") else None,
+        # A file that is not there belongs to a step that this pipeline did not have, such as SFT of a pretrained model.
+        pairs=read_json(run / content["pairs"]) if _is_there(run, content.get("pairs")) else None,
         compare=compare,
     )
 
@@ -97,9 +98,15 @@ def _read_stage(entry: Any, path: Path, run: Path, with_reward: bool) -> Stage:
         about=entry.get("about", ""),
         samples=samples,
         evaluation=read_json(run / entry["evaluation"]) if entry.get("evaluation") else {},
-        metrics=_metrics_of(entry.get("model"), read_jsonl(run / entry["metrics"])) if entry.get("metrics") else [],
+        metrics=_metrics_of(entry.get("model"), read_jsonl(run / entry["metrics"]))
+        if _is_there(run, entry.get("metrics"))
+        else [],
         rewards=[reward(sample["response"]) for sample in samples] if with_reward else None,
     )
+
+
+def _is_there(run: Path, name: str | None) -> bool:
+    return name is not None and (run / name).is_file()
 
 
 def _metrics_of(model: str | None, records: list[Record]) -> list[Record]:

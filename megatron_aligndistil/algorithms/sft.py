@@ -25,10 +25,9 @@ class SFT(Algorithm):
     def loss(self, model: str, head: LMHead, responses: Responses, frozen: Mapping[str, Frozen]) -> LossOutput:
         """L = -mean log π_θ(y_t), every response token weighing the same. Counted in tokens.
 
-        Metrics: `nll`, the mean negative log-likelihood of a token in nats (perplexity is its exponential).
+        In nats: perplexity is its exponential.
         Collectives over the tensor parallel group: one all-gather of [3, T] forward; backward those of ``head.logits``.
         """
         logprobs_T = label_logprobs(head.logits(), responses.targets_T, head.shard)
         count = responses.lengths_B.sum()
-        loss = -logprobs_T.sum()
-        return LossOutput(loss, count, {"nll": (loss.detach(), count)})
+        return LossOutput(-logprobs_T.sum(), count)

@@ -1,8 +1,9 @@
 """Let an unmodified Megatron-Core run where there is no CUDA.
 
 Megatron names CUDA in places that have a plain meaning on a CPU: the current device, factory calls with
-``device="cuda"``, streams and events (everything is already in order), random state, and a type name that its optimisers
-compare. :func:`activate` gives each of them that meaning, once per process. It is never called where CUDA exists.
+``device="cuda"``, streams and events (everything is already in order), random state, and a type name that its
+optimisers compare. :func:`activate` gives each of them that meaning, once per process. It is never called where CUDA
+exists.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
-_FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "ones_like", "rand", "randn", "tensor", "zeros", "zeros_like")
+_FACTORIES = ["arange", "empty", "empty_like", "full", "ones", "ones_like"]
+_FACTORIES += ["rand", "randn", "tensor", "zeros", "zeros_like"]
 _active = False
 
 
@@ -41,7 +43,8 @@ def activate() -> None:
     if torch.cuda.is_available():
         raise RuntimeError("the CPU backend is only for machines without CUDA")
     import_megatron()
-    _device_constructors()  # torch's own list for `with torch.device(...)`, which must hold the functions as they are now
+    # torch's own list for `with torch.device(...)`, which must hold the functions as they are now.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     # The type checker is right that methods are replaced here: that is the purpose of this file.

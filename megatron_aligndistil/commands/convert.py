@@ -13,8 +13,8 @@ from megatron_aligndistil.errors import ConfigError
 
 _USAGE = """usage: aligndistil convert --source PATH --to hf|megatron --out PATH [--nproc N] [--KEY VALUE ...]
 
-Weights are copied bit for bit, each process holding only its own part; tp and pp only share the work out, since either format
-loads under any layout.
+Weights are copied bit for bit, each process holding only its own part; tp and pp only share the work out, since either
+format loads under any layout.
 """
 
 

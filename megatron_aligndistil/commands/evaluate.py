@@ -13,12 +13,13 @@ from megatron_aligndistil.commands.options import describe, parse, processes_for
 from megatron_aligndistil.config import DataConfig, ParallelConfig, PrecisionConfig, Section
 from megatron_aligndistil.errors import ConfigError
 
-_USAGE = """usage: aligndistil evaluate --measure accuracy|kl --data FILE --models.NAME PATH ... [--out FILE.json] [--KEY VALUE ...]
+_USAGE = """usage: aligndistil evaluate --measure accuracy|kl --data FILE --models.NAME PATH ... [--out FILE.json]
+                            [--nproc N] [--KEY VALUE ...]
 
 accuracy: how often each implicit reward prefers the chosen response of a pair. With a reference: log(policy/reference),
           log(dpo/reference), log(reference/reverse); with dpo and reverse: the contrastive reward log(dpo/reverse).
-kl:       KL of the policy from each other model, summed over a response, with entropy and length, on the responses of FILE (such
-          as `aligndistil generate` writes).
+kl:       KL of the policy from each other model, summed over a response, with entropy and length, on the
+          responses of FILE (such as `aligndistil generate` writes).
 """
 
 
@@ -69,7 +70,9 @@ def check(config: EvaluateConfig) -> None:
     if config.measure == "kl" and ("policy" not in given or len(given) < 2):
         raise ConfigError("measure kl needs --models.policy and at least one model to compare it with")
     if config.measure == "accuracy" and not ({"dpo", "reverse"} <= given or ("reference" in given and len(given) > 1)):
-        raise ConfigError("measure accuracy needs --models.reference and another model, or --models.dpo and --models.reverse")
+        raise ConfigError(
+            "measure accuracy needs --models.reference and another model, or --models.dpo and --models.reverse"
+        )
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -133,4 +136,6 @@ def evaluate(config: EvaluateConfig) -> None:
         Console().print(table)
         if config.out:
             Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-            Path(config.out).write_text(json.dumps({name: asdict(each) for name, each in found.items()}, indent=2) + "\n")
+            Path(config.out).write_text(
+                json.dumps({name: asdict(each) for name, each in found.items()}, indent=2) + "\n"
+            )

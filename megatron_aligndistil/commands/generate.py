@@ -12,8 +12,8 @@ from megatron_aligndistil.config import DataConfig, ParallelConfig, PrecisionCon
 
 _USAGE = """usage: aligndistil generate --model PATH --prompts FILE --out FILE.jsonl [--nproc N] [--KEY VALUE ...]
 
-Writes one JSON object a response: prompt, response, prompt_tokens, response_tokens, logprob (sum, nats), finish (stop or length), index
-(number of the prompt) and sample. The same seed gives the same responses at any layout.
+Writes one JSON object a response: prompt, response, prompt_tokens, response_tokens, logprob (sum, nats), finish (stop
+or length), index (number of the prompt) and sample. The same seed gives the same responses at any layout.
 """
 
 
@@ -51,7 +51,9 @@ def run(arguments: list[str]) -> int:
         return 0
     nproc, rest = take(arguments, "--nproc")
     config = parse(GenerateConfig, rest)
-    return run_on_processes("generate", rest, nproc, lambda: processes_for(config.parallel.tp), lambda: generate(config))
+    return run_on_processes(
+        "generate", rest, nproc, lambda: processes_for(config.parallel.tp), lambda: generate(config)
+    )
 
 
 def generate(config: GenerateConfig) -> None:

@@ -29,7 +29,7 @@ def take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
 
 
 def parse(schema: type[SectionT], arguments: list[str]) -> SectionT:
-    """``--config FILE`` with the other arguments as overrides over it. Raises ConfigError for anything that is wrong."""
+    """``--config FILE`` with the other arguments laid over it. Raises ConfigError for anything that is wrong."""
     path, overrides = take(arguments, "--config")
     values = read_yaml(path) if path else {}
     return build(schema, merge(values, parse_overrides(overrides)))

@@ -23,9 +23,10 @@ from megatron_aligndistil.errors import AlignDistilError, ConfigError
 
 _USAGE = """usage: aligndistil pipeline --config FILE [--nproc N] [--vars.NAME VALUE ...]
 
-Runs the stages of FILE in order. A stage is a name and one of: train, generate, evaluate, convert (with the keys of that command) or script
-(a Python file and its arguments); `include: FILE` stands for the stages of another file. ${NAME} stands for a value of `vars`, ${dir} for the pipeline's folder. `defaults` is laid under
-every stage. Stages that are done are skipped, unless their settings or an earlier stage changed.
+Runs the stages of FILE in order. A stage is a name and one of: train, generate, evaluate, convert (with the keys of
+that command) or script (a Python file and its arguments); `include: FILE` stands for the stages of another file.
+${NAME} stands for a value of `vars`, ${dir} for the pipeline's folder. `defaults` is laid under every stage. Stages
+that are done are skipped, unless their settings or an earlier stage changed.
 """
 
 
@@ -33,7 +34,7 @@ class PipelineConfig(Section):
     dir: str
     """Folder of the pipeline; ${dir} in stages."""
     vars: dict[str, str | int | float] = {}
-    """Values for ${NAME} in stages."""
+    """Values for ${NAME} in stages; they may use ${dir}."""
     processes: int | None = Field(None, ge=1)
     """Processes to start without torchrun; one a GPU, else the largest tp x pp, when not given."""
     defaults: dict[str, Any] = {}
@@ -77,17 +78,22 @@ def run(arguments: list[str]) -> int:
 
 def read_stages(config: PipelineConfig) -> list[Stage]:
     """Every stage with variables filled in, checked before any work. Raises ConfigError naming the stage."""
-    values = {**config.vars, "dir": config.dir}
+    values = {name: Template(str(value)).safe_substitute(dir=config.dir) for name, value in config.vars.items()}
+    values["dir"] = config.dir
     stages: list[Stage] = []
     fingerprint = ""
     for number, raw in enumerate(_included(config.stages), 1):
         name = str(raw.get("name", ""))
         kinds = [key for key in raw if key != "name"]
         if not name or len(kinds) != 1 or kinds[0] not in {*_SCHEMAS, "script"}:
-            raise ConfigError(f"stage {number} ({name or 'unnamed'}) needs a name and one of {', '.join(_SCHEMAS)}, script")
+            raise ConfigError(
+                f"stage {number} ({name or 'unnamed'}) needs a name and one of {', '.join(_SCHEMAS)}, script"
+            )
         kind = kinds[0]
         filled = _fill(raw[kind], values, name)
-        fingerprint = hashlib.sha256((fingerprint + yaml.safe_dump([kind, filled, config.defaults])).encode()).hexdigest()
+        fingerprint = hashlib.sha256(
+            (fingerprint + yaml.safe_dump([kind, filled, config.defaults])).encode()
+        ).hexdigest()
         stages.append(Stage(name, kind, _settings(kind, filled, config.defaults, name), fingerprint))
     return stages
 
@@ -110,7 +116,9 @@ def _fill(value: Any, values: dict[str, Any], stage: str) -> Any:
         try:
             return Template(value).substitute(values)
         except KeyError as error:
-            raise ConfigError(f"stage {stage} uses ${{{error.args[0]}}}, which vars does not have; set --vars.{error.args[0]}") from None
+            raise ConfigError(
+                f"stage {stage} uses ${{{error.args[0]}}}, which vars does not have; set --vars.{error.args[0]}"
+            ) from None
     return value
 
 

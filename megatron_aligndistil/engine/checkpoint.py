@@ -1,8 +1,8 @@
 """Checkpoints: Megatron's distributed format for training, and finding out what a path holds.
 
-A checkpoint folder ``step_000100`` holds one distributed checkpoint a trained model, ``<name>/``, and ``progress.json``. Inside
-``<name>/``, ``hf/`` keeps config.json and the tokenizer, so that the folder alone says what the model is. A folder that is being
-written is called ``step_000100.partial`` and is renamed when it is whole.
+A checkpoint folder ``step_000100`` holds one distributed checkpoint a trained model, ``<name>/``, and
+``progress.json``. Inside ``<name>/``, ``hf/`` keeps config.json and the tokenizer, so that the folder alone says what
+the model is. A folder that is being written is called ``step_000100.partial`` and is renamed when it is whole.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def description_folder(path: str | Path) -> Path:
     if (path / "config.json").is_file():
         return path
     if not path.exists():
-        raise CheckpointError(f"there is no checkpoint at {path}; give a Hugging Face folder or a Megatron distributed checkpoint")
+        raise CheckpointError(
+            f"there is no checkpoint at {path}; give a Hugging Face folder or a Megatron distributed checkpoint"
+        )
     inside = sorted(child.name for child in path.iterdir() if is_distributed(child)) if path.is_dir() else []
     hint = f"; it holds the models {', '.join(inside)}: name one of them" if inside else ""
     raise CheckpointError(f"{path} is no checkpoint: it has neither config.json nor metadata.json{hint}")
@@ -55,8 +57,17 @@ def read_architecture(path: str | Path) -> Architecture:
 
 
 def _sharded_model(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    # Chunks of one stage hold different layers of one model; their keys carry global layer numbers.
-    return {f"model{index}": unwrap_model(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
+    # Chunks of one stage hold different layers of one model; their keys carry global layer numbers. Extra states (FP8
+    # scales, which the first steps find again) are left out: Megatron's layers and Transformer Engine's do not have the
+    # same ones, and a checkpoint saved with one loads with the other.
+    return {
+        f"model{index}": {
+            key: value
+            for key, value in unwrap_model(chunk).sharded_state_dict().items()
+            if not key.endswith("_extra_state")
+        }
+        for index, chunk in enumerate(chunks)
+    }
 
 
 def load_model(chunks: Sequence[torch.nn.Module], path: str | Path, arch: Architecture, parallel: Parallel) -> None:
@@ -70,11 +81,12 @@ def load_model(chunks: Sequence[torch.nn.Module], path: str | Path, arch: Archit
 
 
 def _fill(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
-    parameters = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
-    result = unwrap_model(chunk).load_state_dict(parameters, strict=False)
+    result = unwrap_model(chunk).load_state_dict(state, strict=False)
     missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
     if missing or result.unexpected_keys:
-        raise CheckpointError(f"the checkpoint does not fit the model: missing {missing}, unexpected {result.unexpected_keys}")
+        raise CheckpointError(
+            f"the checkpoint does not fit the model: missing {missing}, unexpected {result.unexpected_keys}"
+        )
 
 
 def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -104,7 +116,7 @@ def _save(sharded: dict[str, Any], path: Path, description: Path, chunks: Sequen
 
 
 def save_training(folder: Path, step: int, trained: Sequence[Trained], source: str | Path, keep: int) -> Path:
-    """Write ``folder/step_N`` with everything needed to go on, complete or absent, and drop all but the newest `keep`."""
+    """Write ``folder/step_N``, complete or absent, with everything needed to go on; drop all but the newest `keep`."""
     final = folder / f"step_{step:06d}"
     unfinished = final.with_suffix(".partial")
     on_first_rank(shutil.rmtree, unfinished, True)

@@ -40,8 +40,8 @@ def evaluate(
 ) -> dict[str, Estimate]:
     """Means of `measure` over one epoch of `batches`; empty on stages before the last.
 
-    Runs every model forward only through the pipeline. Collectives beyond the models' own: those of `measure`, and one all-reduce of
-    a few numbers over the data parallel group.
+    Runs every model forward only through the pipeline. Collectives beyond the models' own: those of `measure`, and one
+    all-reduce of a few numbers over the data parallel group.
     """
     totals: dict[str, Tensor] = {}
     for step in range(batches.steps_per_epoch):
@@ -49,7 +49,9 @@ def evaluate(
         outputs = {name: frozen_outputs(model, need, local, parallel) for name, model in models.items()}
         if parallel.is_last_stage:
             for name, values in _measure(local, outputs, measure).items():
-                totals[name] = totals.get(name, 0) + torch.stack([values.new_tensor(len(values)), values.sum(), (values**2).sum()])
+                totals[name] = totals.get(name, 0) + torch.stack(
+                    [values.new_tensor(len(values)), values.sum(), (values**2).sum()]
+                )
         on_progress(step + 1)
     return {name: _estimate(total, parallel) for name, total in sorted(totals.items())}
 
@@ -76,10 +78,12 @@ def _estimate(total: Tensor, parallel: Parallel) -> Estimate:
 def reward_accuracy(responses: Responses, models: Mapping[str, Frozen]) -> dict[str, Tensor]:
     """Whether each implicit reward prefers the chosen response of a pair (a tie counts half); needs log-probabilities.
 
-    `<name>_reward` is log π_name − log π_reference (eq. 5) for every model beside the reference, the sign turned for `reverse`;
-    `contrastive_reward` is log π_dpo − log π_reverse (eq. 12).
+    `<name>_reward` is log π_name − log π_reference (eq. 5) for every model beside the reference, the sign turned for
+    `reverse`; `contrastive_reward` is log π_dpo − log π_reverse (eq. 12).
     """
-    sums = {name: responses.sum_rows(frozen.logprobs_T) for name, frozen in models.items() if frozen.logprobs_T is not None}
+    sums = {
+        name: responses.sum_rows(frozen.logprobs_T) for name, frozen in models.items() if frozen.logprobs_T is not None
+    }
     rewards = {
         f"{name}_reward": (sums["reference"] - value) if name == "reverse" else (value - sums["reference"])
         for name, value in sums.items()
@@ -97,8 +101,10 @@ def reward_accuracy(responses: Responses, models: Mapping[str, Frozen]) -> dict[
 
 
 def divergence(responses: Responses, models: Mapping[str, Frozen]) -> dict[str, Tensor]:
-    """For each response: `kl_<name>` = Σ_t KL(π_policy ‖ π_name) in nats for every other model, `entropy` of the policy in nats a
-    token, and `length` in tokens; needs distributions. Collectives: those of `expected_logprobs`, over the tensor parallel group.
+    """For each response: its KL from every other model, its entropy and its length; needs distributions.
+
+    `kl_<name>` = Σ_t KL(π_policy ‖ π_name) in nats; `entropy` of the policy in nats a token; `length` in tokens.
+    Collectives: those of `expected_logprobs`, over the tensor parallel group.
     """
     heads = {name: frozen.head for name, frozen in models.items() if frozen.head is not None}
     policy = heads.pop("policy")
@@ -106,7 +112,10 @@ def divergence(responses: Responses, models: Mapping[str, Frozen]) -> dict[str, 
     expected_KT, _ = expected_logprobs(policy.logits(), logits, policy.shard.tp_group)
     policy_T, *others = expected_KT
     real_B = responses.lengths_B > 0
-    found = {f"kl_{name}": responses.sum_rows(policy_T - other_T)[real_B] for name, other_T in zip(heads, others, strict=True)}
+    found = {
+        f"kl_{name}": responses.sum_rows(policy_T - other_T)[real_B]
+        for name, other_T in zip(heads, others, strict=True)
+    }
     found["entropy"] = -responses.mean_rows(policy_T)[real_B]
     found["length"] = responses.lengths_B[real_B]
     return found

@@ -46,17 +46,19 @@ def generate(
 ) -> list[Completion | None]:
     """A response for each prompt; prompts are dealt to data parallel ranks, and other ranks' entries are None.
 
-    Row i draws from a random stream that depends on the seed and i alone: samples are the same at any layout and batch size.
-    Collectives: Megatron's own in each forward pass, and one small all-gather a token (ops/sampling.py). Raises ConfigError
-    under pipeline parallelism, or where prompt and response do not fit the model's positions.
+    Row i draws from a random stream that depends on the seed and i alone: samples are the same at any layout and batch
+    size. Collectives: Megatron's own in each forward pass, and one small all-gather a token (ops/sampling.py). Raises
+    ConfigError under pipeline parallelism, or where prompt and response do not fit the model's positions.
     """
     if parallel.pp > 1:
-        raise ConfigError("generation runs under tensor and data parallelism; set parallel.pp to 1 (any checkpoint loads so)")
+        raise ConfigError(
+            "generation runs under tensor and data parallelism; set parallel.pp to 1 (any checkpoint loads so)"
+        )
     longest = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
     if longest > model.arch.max_positions:
         raise ConfigError(
-            f"a prompt and {sampling.max_new_tokens} new tokens make {longest}, and the model has {model.arch.max_positions} "
-            "positions; lower max_new_tokens or max_prompt_length"
+            f"a prompt and {sampling.max_new_tokens} new tokens make {longest}, and the model has "
+            f"{model.arch.max_positions} positions; lower max_new_tokens or max_prompt_length"
         )
     if any(len(prompt) == 0 for prompt in prompts):
         raise ConfigError("a prompt has no tokens at all; give at least a beginning-of-sequence token")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    HAVE_TE,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -14,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_aligndistil.backends import Backend
 from megatron_aligndistil.config import PrecisionConfig
 from megatron_aligndistil.engine.parallel import Parallel, dtype_of
 from megatron_aligndistil.errors import ConfigError
@@ -42,7 +48,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def check_fits(arch: Architecture, parallel: Parallel) -> None:
@@ -55,7 +61,19 @@ def check_fits(arch: Architecture, parallel: Parallel) -> None:
         (arch.num_layers, "layers", stages, "parallel.pp x parallel.vpp"),
     ):
         if value % size:
-            raise ConfigError(f"the model's {value} {what} cannot be split over {key} = {size}; choose a divisor of {value}")
+            raise ConfigError(
+                f"the model's {value} {what} cannot be split over {key} = {size}; choose a divisor of {value}"
+            )
+
+
+def has_transformer_engine(backend: Backend) -> bool:
+    """Whether layers are Transformer Engine's: there is a GPU, and Megatron-Core could import the library."""
+    return backend.is_cuda and HAVE_TE
+
+
+@cache
+def _say_local_layers() -> None:
+    print("Transformer Engine is not there: Megatron-Core's own layers are used, which are slower", flush=True)
 
 
 def _leave(weight: Tensor) -> Tensor:
@@ -65,11 +83,20 @@ def _leave(weight: Tensor) -> Tensor:
 def transformer_config(
     arch: Architecture, parallel: Parallel, precision: PrecisionConfig, recompute: str = "none"
 ) -> TransformerConfig:
-    """Megatron's configuration for one architecture, layout and precision."""
+    """Megatron's configuration for one architecture, layout and precision.
+
+    Raises ConfigError when FP8 is asked for without a GPU, or without Transformer Engine.
+    """
     cuda = parallel.backend.is_cuda
+    transformer_engine = has_transformer_engine(parallel.backend)
     dtype = dtype_of(precision.dtype, parallel.backend)
     if precision.fp8 and not cuda:
         raise ConfigError("precision.fp8 needs a GPU with Transformer Engine, and this machine has none; leave fp8 out")
+    if precision.fp8 and not transformer_engine:
+        raise ConfigError(
+            "precision.fp8 needs Transformer Engine, which Megatron-Core cannot import here; install the extra `gpu` "
+            "(`aligndistil doctor` says what is wrong), or leave fp8 out"
+        )
     interleaved = parallel.vpp > 1
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -99,16 +126,17 @@ def transformer_config(
         fp8_recipe=precision.fp8_recipe if precision.fp8 else "delayed",
         # A loss function returns (sum, count, metrics); Megatron divides once, by the count of the global batch.
         calculate_per_token_loss=True,
-        # Weights are read or drawn after building (engine/hf.py). Megatron's initialisation still has to run, doing nothing: it
-        # also marks which weights are split, and without those marks gradient norms under tensor parallelism are wrong.
+        # Weights are read or drawn after building (engine/hf.py). Megatron's initialisation still has to run, doing
+        # nothing: it also marks which weights are split, and without those marks gradient norms under tensor
+        # parallelism are wrong.
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
         bias_activation_fusion=cuda,
         bias_dropout_fusion=cuda,
-        persist_layer_norm=cuda,
+        persist_layer_norm=transformer_engine,
         masked_softmax_fusion=False,
-        apply_rope_fusion=cuda,
+        apply_rope_fusion=transformer_engine,
         gradient_accumulation_fusion=False,
         # Interleaved stages whose two neighbours are one rank mix up batched messages, without an error.
         overlap_p2p_comm=interleaved,
@@ -121,11 +149,9 @@ def transformer_config(
     )
 
 
-def _block_spec(config: TransformerConfig, arch: Architecture, cuda: bool, vp_stage: int | None):
-    """Transformer Engine's layers on CUDA; Megatron's local layers with torch's RMSNorm elsewhere."""
-    if cuda:
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-
+def _block_spec(config: TransformerConfig, arch: Architecture, transformer_engine: bool, vp_stage: int | None):
+    """Transformer Engine's layers where it is present; Megatron's local layers with torch's RMSNorm elsewhere."""
+    if transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -144,12 +170,15 @@ def build_model(
     """
     check_fits(arch, parallel)
     config = transformer_config(arch, parallel, precision, recompute)
+    transformer_engine = has_transformer_engine(parallel.backend)
+    if parallel.backend.is_cuda and not transformer_engine and parallel.is_reporter:
+        _say_local_layers()
     chunks = []
     for chunk in range(parallel.vpp):
         vp_stage = chunk if parallel.vpp > 1 else None
         model = HiddenStateGPT(
             config=config,
-            transformer_layer_spec=_block_spec(config, arch, parallel.backend.is_cuda, vp_stage),
+            transformer_layer_spec=_block_spec(config, arch, transformer_engine, vp_stage),
             vocab_size=arch.padded_vocab_size(parallel.tp),
             max_sequence_length=arch.max_positions,
             pre_process=parallel.pp_rank == 0 and chunk == 0,
@@ -175,7 +204,9 @@ def lm_head(
     """
     model = unwrap_model(chunk)
     if parallel.sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=parallel.tp_group)
+        hidden = gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=False, group=parallel.tp_group
+        )
     hidden_TH = hidden.transpose(0, 1).reshape(-1, hidden.shape[-1]).index_select(0, positions_T)
     shard = parallel.vocab_shard(arch.vocab_size, arch.padded_vocab_size(parallel.tp))
     return LMHead(hidden_TH, model.output_weight()[: shard.size], shard)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -34,7 +34,7 @@ class Trained:
     def zero_grad(self) -> None:
         """Clear gradient buffers before a step."""
         for chunk in self.model.chunks:
-            chunk.zero_grad_buffer()
+            cast(DistributedDataParallel, chunk).zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def step(self) -> float:
@@ -82,7 +82,12 @@ def _set_all_but_step(part: DistributedOptimizer, weight: torch.nn.Parameter, te
 
 
 def make_trained(
-    name: str, chunks: Sequence[torch.nn.Module], arch: Architecture, config: OptimConfig, num_steps: int, parallel: Parallel
+    name: str,
+    chunks: Sequence[torch.nn.Module],
+    arch: Architecture,
+    config: OptimConfig,
+    num_steps: int,
+    parallel: Parallel,
 ) -> Trained:
     """Wrap `chunks` for training: fp32 gradients summed over data parallel ranks, AdamW with fp32 master weights.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,9 @@ from megatron_aligndistil.backends import Backend, select
 from megatron_aligndistil.config import ParallelConfig
 from megatron_aligndistil.errors import ConfigError
 from megatron_aligndistil.ops.head import VocabShard
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def parallel_session(config: ParallelConfig) -> Iterator[Parallel]:
             virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
         )
         try:
-            # Nothing here draws random numbers inside a layer (dropout is 0), so Megatron's trackers have nothing to track.
+            # No layer draws random numbers here (dropout is 0), so Megatron's trackers have nothing to track.
             tensor_parallel.model_parallel_cuda_manual_seed(0, inference_rng_tracker=True, force_reset_rng=True)
             yield Parallel(
                 backend=backend,
@@ -127,15 +131,15 @@ def parallel_session(config: ParallelConfig) -> Iterator[Parallel]:
             parallel_state.destroy_model_parallel()
 
 
-def on_first_rank(function, *args):
+def on_first_rank(function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
     """Run `function` on rank 0 while the others wait; give every rank its result, or its error.
 
     Collectives: one object broadcast over the world.
     """
-    outcome: list = [None, None]
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            outcome[0] = function(*args)
+            outcome[0] = function(*args, **kwargs)
         except Exception as error:  # handed to every rank, raised below
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)

@@ -42,8 +42,8 @@ def track(title: str, total: int, active: bool) -> Iterator[Callable[[int], None
 class Reporter:
     """Writes metrics of one run from one process; on every other process (`active` False) each call does nothing.
 
-    ``metrics.jsonl`` gets one object a line: step, time (seconds since the epoch), then metrics. A resumed run drops lines beyond
-    the step that it resumes from, so that no step is there twice.
+    ``metrics.jsonl`` gets one object a line: step, time (seconds since the epoch), then metrics. A resumed run drops
+    lines beyond the step that it resumes from, so that no step is there twice.
     """
 
     def __init__(self, folder: Path, title: str, total: int, done: int, active: bool, wandb: str | None = None) -> None:
@@ -73,7 +73,9 @@ class Reporter:
             self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._active:
             self._progress.stop()
             self._lines.close()

@@ -37,8 +37,8 @@ def check_microbatches(num_microbatches: int, parallel: Parallel) -> None:
     """Raise ConfigError when the interleaved schedule cannot run so many micro-batches."""
     if parallel.vpp > 1 and num_microbatches % parallel.pp:
         raise ConfigError(
-            f"vpp {parallel.vpp} needs micro-batches in multiples of pp {parallel.pp}, and a step has {num_microbatches}; "
-            "change batch.global_size or batch.micro_size"
+            f"vpp {parallel.vpp} needs micro-batches in multiples of pp {parallel.pp}, and a step has "
+            f"{num_microbatches}; change batch.global_size or batch.micro_size"
         )
 
 
@@ -108,8 +108,8 @@ def losses(
 ) -> list[LossOutput]:
     """The loss of every micro-batch, with gradients accumulated into the model when `backward`.
 
-    Gradients are summed over micro-batches; Megatron's finalisation divides them by the count of the global batch. Returns
-    detached outputs, on the last stage only.
+    Gradients are summed over micro-batches; Megatron's finalisation divides them by the count of the global batch.
+    Returns detached outputs, on the last stage only.
     """
 
     def on_output(chunk, batch: MicroBatch, extra: Mapping[str, Frozen], hidden: Tensor):

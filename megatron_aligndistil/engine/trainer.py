@@ -37,8 +37,8 @@ _MAY_CHANGE |= {("parallel", key) for key in ("tp", "pp", "vpp", "sequence_paral
 def train(config: TrainConfig) -> None:
     """Run the stage that `config` describes; a run that was cut short goes on from its last checkpoint.
 
-    Writes into ``run.dir``: config.yaml (resolved), metrics.jsonl, tensorboard/, checkpoints/, and one Hugging Face folder a trained
-    model, named after it. Raises AlignDistilError with the remedy for anything the user can mend.
+    Writes into ``run.dir``: config.yaml (resolved), metrics.jsonl, tensorboard/, checkpoints/, and one Hugging Face
+    folder a trained model, named after it. Raises AlignDistilError with the remedy for anything the user can mend.
     """
     algorithm = algorithms.build(config.algorithm)
     sources = _sources(config, algorithm)
@@ -97,7 +97,12 @@ class _Stage:
     """The models, data and loop of one run."""
 
     def __init__(
-        self, config: TrainConfig, algorithm: Algorithm, sources: Mapping[str, str], arch: Architecture, parallel: Parallel
+        self,
+        config: TrainConfig,
+        algorithm: Algorithm,
+        sources: Mapping[str, str],
+        arch: Architecture,
+        parallel: Parallel,
     ) -> None:
         self.config, self.algorithm, self.sources, self.arch, self.parallel = config, algorithm, sources, arch, parallel
         self.tokenizer = load_tokenizer(checkpoint.description_folder(sources["policy"]))
@@ -117,8 +122,8 @@ class _Stage:
         largest, longest = max(int(tokens.max()) for tokens in rows), max(map(len, rows))
         if largest >= self.arch.vocab_size:
             raise ConfigError(
-                f"{source} becomes token {largest}, and the model knows {self.arch.vocab_size} tokens; put the tokenizer that the "
-                f"model was trained with into {self.sources['policy']}"
+                f"{source} has a token numbered {largest}, and the model knows {self.arch.vocab_size} tokens; "
+                f"put the tokenizer that the model was trained with into {self.sources['policy']}"
             )
         if longest > self.arch.max_positions:
             raise ConfigError(
@@ -162,7 +167,12 @@ class _Stage:
         if resumable is not None:
             start = checkpoint.resume_training(resumable, self.trained)
         with Reporter(
-            folder, f"{folder.name} ({self.algorithm.name})", self.num_steps, start, self.parallel.is_reporter, config.run.wandb
+            folder,
+            f"{folder.name} ({self.algorithm.name})",
+            self.num_steps,
+            start,
+            self.parallel.is_reporter,
+            config.run.wandb,
         ) as reporter:
             if resumable is not None:
                 reporter.say(f"going on from {resumable}")
@@ -192,8 +202,8 @@ class _Stage:
             grad_norm = item.step()
             if not math.isfinite(grad_norm):
                 raise AlignDistilError(
-                    f"the gradient of {item.name} at step {step + 1} is not finite ({grad_norm}); lower optim.lr, or look at the "
-                    f"records of that step; the last checkpoint is kept in {self.config.run.dir}/checkpoints"
+                    f"the gradient of {item.name} at step {step + 1} is not finite ({grad_norm}); lower optim.lr, or "
+                    f"look at the records of that step; earlier checkpoints are in {self.config.run.dir}/checkpoints"
                 )
             reduced = reduce_metrics(outputs, self.parallel)
             metrics |= {f"train/{item.name}/{key}": value for key, value in reduced.items()}
@@ -203,7 +213,9 @@ class _Stage:
         metrics |= {"tokens_per_second": tokens_per_second, "seconds": seconds}
         if (step + 1) % self.config.run.log_every == 0 or step + 1 == self.num_steps:
             reporter.log(step + 1, metrics)
-        shown = "  ".join(f"{item.name} loss {metrics.get(f'train/{item.name}/loss', math.nan):.4f}" for item in self.trained)
+        shown = "  ".join(
+            f"{item.name} loss {metrics.get(f'train/{item.name}/loss', math.nan):.4f}" for item in self.trained
+        )
         reporter.advance(step + 1, f"{shown}  {tokens_per_second:,.0f} tokens/s")
 
     def _frozen_outputs(self, batches: Sequence[MicroBatch]) -> list[dict[str, Frozen]]:
@@ -225,7 +237,9 @@ class _Stage:
             batches = [batch.to(self.parallel.backend.device) for batch in self.eval_batches.at(index)]
             frozen = self._frozen_outputs(batches)
             for item in self.trained:
-                outputs[item.name] += losses(item.model, self._loss(item.name), batches, frozen, self.parallel, backward=False)
+                outputs[item.name] += losses(
+                    item.model, self._loss(item.name), batches, frozen, self.parallel, backward=False
+                )
         return {
             f"eval/{name}/{key}": value
             for name, collected in outputs.items()

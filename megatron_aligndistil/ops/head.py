@@ -63,8 +63,8 @@ class LMHead:
     def logits(self) -> Tensor:
         """This rank's columns of the logits, [T, v].
 
-        Gradient flows into the hidden states and the output layer. Collectives: none forward; backward one all-reduce of
-        [T, H] over the tensor parallel group.
+        Gradient flows into the hidden states and the output layer. Collectives: none forward; backward one all-reduce
+        of [T, H] over the tensor parallel group.
         """
         hidden_TH = _CopyToGroup.apply(self.hidden_TH, self.shard.tp_group)
         return torch.nn.functional.linear(hidden_TH, self.weight_vH)

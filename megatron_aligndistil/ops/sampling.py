@@ -12,7 +12,7 @@ _MASK = 0xFFFFFFFF
 
 
 def _mix(values: Tensor) -> Tensor:
-    """A 32-bit integer hash with low bias (multiply-xorshift, constants of C. Wellons' lowbias32), in int64 arithmetic."""
+    """A 32-bit integer hash with low bias (multiply-xorshift; C. Wellons' lowbias32), in int64 arithmetic."""
     values = (values ^ (values >> 16)) * 0x7FEB352D & _MASK
     values = (values ^ (values >> 15)) * 0x846CA68B & _MASK
     return values ^ (values >> 16)
@@ -40,8 +40,8 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Draw one token a row by the Gumbel-max trick: argmax_v(z_v / temperature + g_v); temperature 0 is greedy.
 
-    Returns the tokens [B] (int64) and their log-probabilities [B] (nats, at temperature 1). Collectives: one all-gather of five
-    numbers a row over the tensor parallel group; nothing of size V is communicated. No gradient.
+    Returns the tokens [B] (int64) and their log-probabilities [B] (nats, at temperature 1). Collectives: one all-gather
+    of five numbers a row over the tensor parallel group; nothing of size V is communicated. No gradient.
     """
     logits_Bv = logits_Bv.double()
     num_rows = logits_Bv.shape[0]

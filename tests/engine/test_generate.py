@@ -1,4 +1,4 @@
-"""Sampling from Megatron models: transformers' greedy tokens, the same samples at any layout, true log-probabilities."""
+"""Sampling from Megatron models: transformers' greedy tokens, the same at any layout, true log-probabilities."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def test_samples_are_the_same_at_any_layout_and_batch_size(workers, folder: Path
             assert [each.tokens for each in rank] == [each.tokens for each in alone]
     assert {each.finish for each in alone} <= {"stop", "length"}
     assert len({tuple(each.tokens) for each in alone}) == len(PROMPTS)
-    other = workers.run(1, completions, str(folder), PROMPTS, Sampling(12, 1.0, 4, frozenset({1})), ParallelConfig(), 8)[0]
+    other = workers.run(
+        1, completions, str(folder), PROMPTS, Sampling(12, 1.0, 4, frozenset({1})), ParallelConfig(), 8
+    )[0]
     assert [each.tokens for each in other] != [each.tokens for each in alone]
 
 
@@ -76,9 +78,7 @@ def test_logprobs_are_those_of_a_full_forward(workers, folder: Path) -> None:
     for prompt, completion in zip(PROMPTS, found, strict=True):
         with torch.no_grad():
             logprobs = model(torch.tensor([prompt + completion.tokens])).logits[0].double().log_softmax(-1)
-        expected = [
-            float(logprobs[len(prompt) - 1 + index, token]) for index, token in enumerate(completion.tokens)
-        ]
+        expected = [float(logprobs[len(prompt) - 1 + index, token]) for index, token in enumerate(completion.tokens)]
         np.testing.assert_allclose(completion.logprobs, expected, rtol=1e-4, atol=1e-4)
 
 

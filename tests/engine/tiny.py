@@ -33,5 +33,9 @@ def make_pairs(path: Path, count: int, vocab_size: int, seed: int = 0) -> None:
 
     with path.open("w") as file:
         for _ in range(count):
-            record = {"prompt_tokens": [0, *tokens(1, 9)], "chosen_tokens": [*tokens(1, 14), 1], "rejected_tokens": tokens(1, 14)}
+            record = {
+                "prompt_tokens": [0, *tokens(1, 9)],
+                "chosen_tokens": [*tokens(1, 14), 1],
+                "rejected_tokens": tokens(1, 14),
+            }
             file.write(json.dumps(record) + "\n")
