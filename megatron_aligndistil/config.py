@@ -68,8 +68,9 @@ class ParallelConfig(Section):
 
 
 class PrecisionConfig(Section):
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Weights and activations; bf16 keeps fp32 master weights. `auto`: bf16 with CUDA, fp32 without."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Weights and activations; bf16 keeps fp32 master weights. `auto`: bf16 with CUDA, fp32 without.
+    fp16 is for conversion and generation: training has no loss scaling."""
     fp8: Literal["e4m3", "hybrid"] | None = None
     """FP8 format of matrix products through Transformer Engine (Megatron's `fp8`); needs a GPU."""
     fp8_recipe: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] = "delayed"
@@ -102,6 +103,17 @@ class OptimConfig(Section):
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
     distributed: bool = True
     """Megatron's distributed optimiser: states are split over data parallel ranks."""
+
+
+class RolloutConfig(Section):
+    max_new_tokens: int = Field(1024, ge=1)
+    """Longest sampled response in tokens."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature."""
+    batch_size: int = Field(64, ge=1)
+    """Responses sampled together on one data parallel rank."""
+    mask_truncated: bool = False
+    """Leave responses that reached `max_new_tokens` out of the loss."""
 
 
 class RunConfig(Section):
@@ -139,6 +151,8 @@ class TrainConfig(Section):
     precision: PrecisionConfig = PrecisionConfig()
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    """How on-policy algorithms sample."""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

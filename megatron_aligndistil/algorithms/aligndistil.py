@@ -30,6 +30,8 @@ class AlignDistilConfig(Section):
     """Bound of the adaptive coefficient α_t = r·TVD_t + ε; with `official_compat`, the authors' `beta2` (half of r)."""
     eps: float = Field(1e-3, gt=0)
     """ε, the adaptive coefficient where the two models agree."""
+    on_policy: bool = False
+    """Sample responses from the policy (eq. 18) to the prompts of data.train, instead of learning on given ones (19)."""
     official_compat: bool = False
     """As the authors' code does: TVD without its ½, and the response mask one position late."""
 
@@ -37,8 +39,11 @@ class AlignDistilConfig(Section):
 class AlignDistil(Algorithm):
     name = "aligndistil"
     Config = AlignDistilConfig
-    data = "responses"
     config: AlignDistilConfig
+
+    @property
+    def data(self) -> Literal["responses", "prompts"]:  # type: ignore[override]
+        return "prompts" if self.config.on_policy else "responses"
 
     @property
     def negative(self) -> str:

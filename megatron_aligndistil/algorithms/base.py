@@ -48,12 +48,13 @@ class Algorithm(ABC):
     Attributes:
         name: what `algorithm.name` says in a configuration.
         Config: its settings, with published defaults.
-        data: "responses" for single responses, "pairs" for preference pairs.
+        data: "responses" for single responses, "pairs" for preference pairs, "prompts" for prompts that the policy
+            answers itself at each step (on-policy).
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[Section]]
-    data: ClassVar[Literal["responses", "pairs"]]
+    data: Literal["responses", "pairs", "prompts"]
 
     def __init__(self, config: Any) -> None:
         """`config` is an instance of this class's Config."""

@@ -25,7 +25,7 @@ class ConvertConfig(Section):
     """Format to write."""
     out: str
     """Folder to write; must not exist yet."""
-    dtype: Literal["keep", "fp32", "bf16"] = "keep"
+    dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
     """Data type of the weights written."""
     max_shard_gb: float = Field(5.0, gt=0)
     """Largest safetensors file, in 1e9 bytes."""

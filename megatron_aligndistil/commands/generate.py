@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> int:
     nproc, rest = take(arguments, "--nproc")
     config = parse(GenerateConfig, rest)
     return run_on_processes(
-        "generate", rest, nproc, lambda: processes_for(config.parallel.tp), lambda: generate(config)
+        "generate", rest, nproc, lambda: processes_for(config.parallel.tp, config.parallel.pp), lambda: generate(config)
     )
 
 

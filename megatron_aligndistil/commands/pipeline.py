@@ -147,6 +147,7 @@ def _run_all(config: PipelineConfig, stages: list[Stage]) -> None:
     record = Path(config.dir) / "pipeline.json"
     with process_group():
         done: dict[str, str] = on_first_rank(_read_record, record)
+        _refuse_stale(stages, done)
         for number, stage in enumerate(stages, 1):
             title = f"[{number}/{len(stages)}] {stage.name}"
             if done.get(stage.name) == stage.fingerprint:
@@ -162,6 +163,21 @@ def _run_all(config: PipelineConfig, stages: list[Stage]) -> None:
             done[stage.name] = stage.fingerprint
             on_first_rank(_write_record, record, done)
             _say(f"{title}: done in {time.monotonic() - began:.0f} s")
+
+
+def _refuse_stale(stages: list[Stage], done: dict[str, str]) -> None:
+    """Raise ConfigError where a trained model is there that other settings, or other inputs, made: it is not ours to delete."""
+    stale = [
+        stage.settings.run.dir
+        for stage in stages
+        if stage.kind == "train" and done.get(stage.name, stage.fingerprint) != stage.fingerprint
+    ]
+    folders = [folder for folder in stale if Path(folder).exists()]
+    if folders:
+        raise ConfigError(
+            f"the settings of a stage have changed, and {', '.join(folders)} came from the old ones; "
+            "delete what is to be trained again, or give the pipeline another dir"
+        )
 
 
 def _train(config: TrainConfig) -> None:

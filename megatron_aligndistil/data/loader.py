@@ -129,13 +129,17 @@ class GlobalBatches:
         epoch, within = divmod(step, self.steps_per_epoch)
         return self._order(epoch)[within * self._global_size : (within + 1) * self._global_size]
 
+    def examples(self, step: int) -> list[Example]:
+        """The global batch of a step, of all ranks."""
+        return [self._dataset[index] for index in self.indices(step)]
+
     def num_tokens(self, step: int) -> int:
         """Tokens in the global batch of a step, prompts included and padding left out."""
-        return sum(len(row.tokens) for index in self.indices(step) for row in self._dataset[index])
+        return sum(len(row.tokens) for example in self.examples(step) for row in example)
 
     def at(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step, counted from 0 over all epochs; any step, in any order."""
-        batch: list[Example] = [self._dataset[index] for index in self.indices(step)]
+        batch = self.examples(step)
         longest = max(len(row.tokens) for example in batch for row in example)
         length = -(-longest // self._pad_multiple) * self._pad_multiple
         filler = (make_row([], []),) * self._dataset.rows_per_example

@@ -5,7 +5,7 @@ import warnings
 from megatron_aligndistil.backends import import_megatron
 
 # What is not installed and what that costs is for `aligndistil doctor` to say, not for every process at each start.
-for category in (DeprecationWarning, UserWarning):
+for category in (DeprecationWarning, FutureWarning, UserWarning):
     warnings.filterwarnings("ignore", category=category, module="megatron")
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 import_megatron()

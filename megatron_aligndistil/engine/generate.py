@@ -11,6 +11,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_aligndistil.engine.model import HiddenStateGPT
 from megatron_aligndistil.engine.parallel import Parallel
 from megatron_aligndistil.engine.schedule import Model
 from megatron_aligndistil.errors import ConfigError
@@ -47,12 +48,13 @@ def generate(
     """A response for each prompt; prompts are dealt to data parallel ranks, and other ranks' entries are None.
 
     Row i draws from a random stream that depends on the seed and i alone: samples are the same at any layout and batch
-    size. Collectives: Megatron's own in each forward pass, and one small all-gather a token (ops/sampling.py). Raises
-    ConfigError under pipeline parallelism, or where prompt and response do not fit the model's positions.
+    size. Collectives: Megatron's own in each forward pass, one small all-gather a token over the tensor parallel group
+    (ops/sampling.py); under pipeline parallelism hidden states go from stage to stage and tokens back to all. Raises
+    ConfigError under the interleaved schedule, or where prompt and response do not fit the model's positions.
     """
-    if parallel.pp > 1:
+    if parallel.vpp > 1:
         raise ConfigError(
-            "generation runs under tensor and data parallelism; set parallel.pp to 1 (any checkpoint loads so)"
+            "Megatron's key-value cache does not know interleaved stages; set parallel.vpp to 1 to generate"
         )
     longest = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
     if longest > model.arch.max_positions:
@@ -82,8 +84,6 @@ def _generate_batch(
     was_training = chunk.training
     chunk.eval()
     device = parallel.backend.device
-    shard = parallel.vocab_shard(model.arch.vocab_size, model.arch.padded_vocab_size(parallel.tp))
-    weight_vH = chunk.output_weight()[: shard.size]
     lengths_B = torch.tensor([len(prompts[row]) for row in rows], device=device)
     limit = int(lengths_B.max()) + sampling.max_new_tokens
     tokens_BS = torch.zeros(len(rows), limit, dtype=torch.long, device=device)
@@ -99,10 +99,8 @@ def _generate_batch(
     fed, known = 0, int(lengths_B.min())
     while known < limit:
         # The cache takes every known token: the shortest prompt at first, then one token at a time.
-        hidden_SBH = _forward(chunk, tokens_BS[:, fed:known], fed, context)
-        token_B, logprob_B = sample(
-            torch.nn.functional.linear(hidden_SBH[-1], weight_vH), keys_B, known, sampling.temperature, shard
-        )
+        hidden_SBH = _forward(chunk, tokens_BS[:, fed:known], fed, context, parallel)
+        token_B, logprob_B = _draw(model, hidden_SBH, keys_B, known, sampling.temperature, parallel)
         in_response_B = (known >= lengths_B) & (known < ends_B) & ~stopped_B
         tokens_BS[:, known] = torch.where(in_response_B, token_B, tokens_BS[:, known])
         logprobs_BS[:, known] = torch.where(in_response_B, logprob_B, 0.0)
@@ -122,13 +120,40 @@ def _generate_batch(
     return completions
 
 
-def _forward(chunk: torch.nn.Module, tokens_BS: Tensor, offset: int, context: StaticInferenceContext) -> Tensor:
-    """Feed tokens at positions offset.. through the model, extending the cache; returns hidden states [S, B, H]."""
+def _forward(
+    chunk: HiddenStateGPT, tokens_BS: Tensor, offset: int, context: StaticInferenceContext, parallel: Parallel
+) -> Tensor:
+    """Feed tokens at positions offset.. through this stage, extending the cache; returns hidden states [S, B, H]."""
     context.sequence_len_offset = offset
     if offset:
         context.enable_decode_mode()
-    positions_BS = torch.arange(offset, offset + tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-    return chunk(input_ids=tokens_BS, position_ids=positions_BS, attention_mask=None, inference_context=context)
+    num_rows, length = tokens_BS.shape
+    previous, following = parallel.pp_neighbours
+    if previous is not None:
+        shape = (length, num_rows, chunk.config.hidden_size)
+        received_SBH = torch.empty(shape, dtype=chunk.config.params_dtype, device=tokens_BS.device)
+        dist.recv(received_SBH, src=previous, group=parallel.pp_group)
+        chunk.set_input_tensor(received_SBH)
+    positions_BS = torch.arange(offset, offset + length, device=tokens_BS.device).expand_as(tokens_BS)
+    hidden_SBH = chunk(input_ids=tokens_BS, position_ids=positions_BS, attention_mask=None, inference_context=context)
+    if following is not None:
+        dist.send(hidden_SBH.contiguous(), dst=following, group=parallel.pp_group)
+    return hidden_SBH
+
+
+def _draw(
+    model: Model, hidden_SBH: Tensor, keys_B: Tensor, position: int, temperature: float, parallel: Parallel
+) -> tuple[Tensor, Tensor]:
+    """The next token of each row and its log-probability, drawn on the last stage and known to all."""
+    drawn = torch.zeros(2, keys_B.numel(), dtype=torch.float64, device=keys_B.device)
+    if parallel.is_last_stage:
+        shard = parallel.vocab_shard(model.arch.vocab_size, model.arch.padded_vocab_size(parallel.tp))
+        weight_vH = unwrap_model(model.chunks[0]).output_weight()[: shard.size]
+        logits_Bv = torch.nn.functional.linear(hidden_SBH[-1], weight_vH)
+        drawn = torch.stack(sample(logits_Bv, keys_B, position, temperature, shard)).to(drawn)
+    if parallel.pp > 1:
+        dist.broadcast(drawn, src=dist.get_global_rank(parallel.pp_group, parallel.pp - 1), group=parallel.pp_group)
+    return drawn[0].long(), drawn[1]
 
 
 def gather_completions(mine: Sequence[Completion | None], parallel: Parallel) -> list[Completion]:

@@ -44,8 +44,8 @@ def global_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Par
             yield name, parameter
 
 
-def stored_dtype(path: str | Path) -> Literal["fp32", "bf16"]:
-    """The narrowest `precision.dtype` that holds a checkpoint's weights exactly: bf16 if all are bf16, else fp32.
+def stored_dtype(path: str | Path) -> Literal["fp32", "bf16", "fp16"]:
+    """The `precision.dtype` that holds a checkpoint's weights exactly: their own where all share one, else fp32.
 
     Arguments:
         path: a Hugging Face folder, whose files say it (config.json may be wrong), or a distributed checkpoint, whose
@@ -57,7 +57,9 @@ def stored_dtype(path: str | Path) -> Literal["fp32", "bf16"]:
         found = {str(config.get("dtype") or config.get("torch_dtype"))}
     else:
         found = HFFolder(path).dtypes()
-    return "bf16" if found in ({"BF16"}, {"bfloat16"}) else "fp32"
+    if found in ({"BF16"}, {"bfloat16"}):
+        return "bf16"
+    return "fp16" if found in ({"F16"}, {"float16"}) else "fp32"
 
 
 @torch.no_grad()

@@ -56,6 +56,12 @@ class Parallel:
         """Whether this one process of the last stage reports metrics and progress."""
         return self.is_last_stage and self.tp_rank == 0 and self.dp_rank == 0
 
+    @property
+    def pp_neighbours(self) -> tuple[int | None, int | None]:
+        """Global ranks of the previous and the next pipeline stage; None where there is none."""
+        first = dist.get_global_rank(self.pp_group, self.pp_rank - 1) if self.pp_rank > 0 else None
+        return first, dist.get_global_rank(self.pp_group, self.pp_rank + 1) if not self.is_last_stage else None
+
     def vocab_shard(self, vocab_size: int, padded_vocab_size: int) -> VocabShard:
         """The columns of the vocabulary that this rank holds, padding left out."""
         per_rank = padded_vocab_size // self.tp
@@ -150,4 +156,5 @@ def on_first_rank(function: Callable[Arguments, Result], *args: Arguments.args, 
 
 def dtype_of(name: str, backend: Backend) -> torch.dtype:
     """The torch dtype that `precision.dtype` names."""
-    return {"auto": backend.default_dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return names.get(name, backend.default_dtype)

@@ -5,33 +5,31 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import yaml
 
 from megatron_aligndistil import algorithms
 from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput
-from megatron_aligndistil.config import TrainConfig, write_yaml
+from megatron_aligndistil.config import TrainConfig
 from megatron_aligndistil.data.batch import MicroBatch, Responses
 from megatron_aligndistil.data.dataset import load_dataset
 from megatron_aligndistil.data.loader import GlobalBatches
 from megatron_aligndistil.data.tokenizer import load_tokenizer, pad_id
-from megatron_aligndistil.engine import checkpoint
+from megatron_aligndistil.data.tokens import stop_ids
+from megatron_aligndistil.engine import checkpoint, run_folder
 from megatron_aligndistil.engine.hf import draw_weights, save_folder
 from megatron_aligndistil.engine.model import build_model, freeze
 from megatron_aligndistil.engine.optimiser import Trained, make_trained
 from megatron_aligndistil.engine.parallel import Parallel, on_first_rank, parallel_session
 from megatron_aligndistil.engine.reporter import Reporter
+from megatron_aligndistil.engine.rollout import Rollout, roll_out
 from megatron_aligndistil.engine.schedule import Model, check_microbatches, frozen_outputs, losses, reduce_metrics
 from megatron_aligndistil.errors import AlignDistilError, ConfigError
 from megatron_aligndistil.models.architecture import Architecture, require_same
 from megatron_aligndistil.ops.head import LMHead
-
-# Settings that may differ between a run and its continuation.
-_MAY_CHANGE = {("run", key) for key in ("log_every", "eval_every", "save_every", "keep", "wandb", "recompute")}
-_MAY_CHANGE |= {("parallel", key) for key in ("tp", "pp", "vpp", "sequence_parallel")} | {("batch", "micro_size")}
 
 
 def train(config: TrainConfig) -> None:
@@ -41,14 +39,22 @@ def train(config: TrainConfig) -> None:
     folder a trained model, named after it. Raises AlignDistilError with the remedy for anything the user can mend.
     """
     algorithm = algorithms.build(config.algorithm)
+    if config.precision.dtype == "fp16":
+        raise ConfigError(
+            "training in fp16 would need loss scaling, which is not there; set precision.dtype to bf16 or fp32"
+        )
+    if config.run.wandb and find_spec("wandb") is None:
+        raise ConfigError(
+            "run.wandb needs the package wandb, which is not installed; install it, or leave run.wandb out"
+        )
     sources = _sources(config, algorithm)
     architectures = {name: checkpoint.read_architecture(path) for name, path in sources.items()}
     require_same(architectures)
     arch = architectures["policy"]
     with parallel_session(config.parallel) as parallel:
         folder = Path(config.run.dir)
-        on_first_rank(_claim_folder, folder, config, algorithm)
-        if all((folder / name / "config.json").is_file() for name in algorithm.trained):
+        on_first_rank(run_folder.claim, folder, config, algorithm)
+        if run_folder.is_complete(folder, algorithm):
             if dist.get_rank() == 0:
                 print(f"{folder} is already complete; delete it to train again", flush=True)
             return
@@ -66,31 +72,6 @@ def _sources(config: TrainConfig, algorithm: Algorithm) -> dict[str, str]:
             raise ConfigError("a policy drawn from scratch is no reference; set models.reference")
         sources[name] = path
     return sources
-
-
-def _claim_folder(folder: Path, config: TrainConfig, algorithm: Algorithm) -> None:
-    """Write the resolved configuration, unless the folder belongs to a different run."""
-    resolved = config.model_dump(mode="json") | {"algorithm": algorithm.config.model_dump(mode="json")}
-    path = folder / "config.yaml"
-    if path.is_file():
-        changed = _changes(yaml.safe_load(path.read_text(encoding="utf-8")), resolved)
-        if changed:
-            raise ConfigError(
-                f"{folder} holds a run with another configuration ({', '.join(changed)}); "
-                "choose another run.dir, or delete that folder"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_yaml(resolved, path)
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    changed = []
-    for section in new:
-        for key in new[section]:
-            before, after = (old.get(section) or {}).get(key), new[section][key]
-            if before != after and (section, key) not in _MAY_CHANGE:
-                changed.append(f"{section}.{key}: {before} there, {after} here")
-    return changed
 
 
 class _Stage:
@@ -140,7 +121,7 @@ class _Stage:
             shuffle=training and config.data.shuffle,
             drop_last=training,
             pad_multiple=_pad_multiple(config, parallel),
-            pad_id=min(pad_id(self.tokenizer), self.arch.vocab_size - 1),
+            pad_id=self._pad_id,
             shifted_mask=self.algorithm.shifted_mask,
         )
 
@@ -192,9 +173,12 @@ class _Stage:
 
     def _step(self, step: int, reporter: Reporter) -> None:
         began = time.perf_counter()
-        batches = [batch.to(self.parallel.backend.device) for batch in self.batches.at(step)]
+        rollout = self._roll_out(self.batches, step, self.config.run.seed * 1_000_003 + step)
+        batches = [batch.to(self.parallel.backend.device) for batch in rollout.batches]
+        sampled = time.perf_counter()
         frozen = self._frozen_outputs(batches)
-        metrics: dict[str, float] = {}
+        scored = time.perf_counter()
+        metrics: dict[str, float] = {f"rollout/{key}": value for key, value in rollout.metrics.items()}
         for item in self.trained:
             item.zero_grad()
             lr = item.lr
@@ -208,15 +192,40 @@ class _Stage:
             reduced = reduce_metrics(outputs, self.parallel)
             metrics |= {f"train/{item.name}/{key}": value for key, value in reduced.items()}
             metrics |= {f"train/{item.name}/lr": lr, f"train/{item.name}/grad_norm": grad_norm}
-        seconds = time.perf_counter() - began
-        tokens_per_second = self.batches.num_tokens(step) / seconds
-        metrics |= {"tokens_per_second": tokens_per_second, "seconds": seconds}
+        ended = time.perf_counter()
+        tokens_per_second = rollout.num_tokens / (ended - began)
+        metrics |= {"tokens_per_second": tokens_per_second, "seconds/total": ended - began}
+        metrics |= {
+            "seconds/batch": sampled - began,
+            "seconds/frozen": scored - sampled,
+            "seconds/update": ended - scored,
+        }
         if (step + 1) % self.config.run.log_every == 0 or step + 1 == self.num_steps:
             reporter.log(step + 1, metrics)
         shown = "  ".join(
             f"{item.name} loss {metrics.get(f'train/{item.name}/loss', math.nan):.4f}" for item in self.trained
         )
         reporter.advance(step + 1, f"{shown}  {tokens_per_second:,.0f} tokens/s")
+
+    def _roll_out(self, source: GlobalBatches, step: int, seed: int) -> Rollout:
+        """The micro-batches of a step: read from the data, or sampled by the policy where that gives prompts."""
+        if self.algorithm.data != "prompts":
+            return Rollout(source.at(step), source.num_tokens(step), {})
+        return roll_out(
+            self.trained[0].model,
+            source.examples(step),
+            self.config.rollout,
+            self.parallel,
+            seed=seed,
+            stop_tokens=stop_ids(self.tokenizer),
+            micro_size=self.config.batch.micro_size,
+            pad_id=self._pad_id,
+            pad_multiple=_pad_multiple(self.config, self.parallel),
+        )
+
+    @property
+    def _pad_id(self) -> int:
+        return min(pad_id(self.tokenizer), self.arch.vocab_size - 1)
 
     def _frozen_outputs(self, batches: Sequence[MicroBatch]) -> list[dict[str, Frozen]]:
         """For each micro-batch, what every frozen model says about it."""
@@ -234,7 +243,8 @@ class _Stage:
         assert self.eval_batches is not None
         outputs: dict[str, list[LossOutput]] = {item.name: [] for item in self.trained}
         for index in range(self.eval_batches.steps_per_epoch):
-            batches = [batch.to(self.parallel.backend.device) for batch in self.eval_batches.at(index)]
+            rollout = self._roll_out(self.eval_batches, index, self.config.run.seed + index)
+            batches = [batch.to(self.parallel.backend.device) for batch in rollout.batches]
             frozen = self._frozen_outputs(batches)
             for item in self.trained:
                 outputs[item.name] += losses(

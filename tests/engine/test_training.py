@@ -35,6 +35,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "sft": {"name": "sft"},
     "dpo": {"name": "dpo", "direction": "both"},
     "aligndistil": {"name": "aligndistil", "teacher": "adaptive"},
+    "on-policy aligndistil": {"name": "aligndistil", "on_policy": True},
+    "reinforce": {"name": "reinforce"},
 }
 
 
@@ -56,6 +58,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "run": {"steps": STEPS},
         "optim": {"lr": 1e-3, "clip": 1.0},
         "precision": {"dtype": "fp32"},
+        "rollout": {"max_new_tokens": 10, "batch_size": 4},
     }
 
 
@@ -108,6 +111,18 @@ def test_other_algorithms_under_tp_pp_and_dp(workers, base, alone, tmp_path: Pat
         world_size, changes = LAYOUTS[name]
         changes = merge(changes, {"algorithm": ALGORITHMS[algorithm]})
         compare(alone(algorithm), trained(workers, base, tmp_path / name, world_size, changes), rtol=2e-4)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2 sequence parallel", "pp2", "tp2 pp2", "dp2", "dp2 tp2"])
+@pytest.mark.parametrize("algorithm", ["on-policy aligndistil", "reinforce"])
+def test_on_policy_layouts_equal_one_process(workers, base, alone, tmp_path: Path, algorithm: str, layout: str) -> None:
+    """The same samples from the very weights being trained, and the same updates on them."""
+    world_size, changes = LAYOUTS[layout]
+    found = trained(workers, base, tmp_path, world_size, merge(changes, {"algorithm": ALGORITHMS[algorithm]}))
+    expected = alone(algorithm)
+    compare(expected, found, rtol=1e-3)
+    for key in ("rollout/length", "rollout/truncated"):
+        assert [line[key] for line in found] == [line[key] for line in expected]
 
 
 @pytest.mark.parametrize("layout", ["tp2 sequence parallel", "pp2", "dp2"])
