@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
+import time
 import traceback
 
+from megatron_aligndistil.commands.launch import GRACE_SECONDS
 from megatron_aligndistil.errors import AlignDistilError, ConfigError
 
 COMMANDS = {
@@ -17,6 +20,8 @@ COMMANDS = {
     "evaluate": "reward accuracy and KL of models on a dataset",
     "doctor": "what is installed, what will be used, and what to mend",
 }
+
+_REPORTED = "aligndistil/errors"  # key of the job's store that counts failures
 
 
 def usage() -> str:
@@ -36,27 +41,55 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(f"there is no command '{arguments[0]}'; commands: {', '.join(COMMANDS)}")
         command = importlib.import_module(f"megatron_aligndistil.commands.{arguments[0]}")
         return command.run(arguments[1:])
-    except AlignDistilError as error:
-        if _first_to_report():
-            print(f"aligndistil: {error}", file=sys.stderr, flush=True)
-        return 1
     except KeyboardInterrupt:
         return 130
-    except Exception:
+    except Exception as error:
         if _first_to_report():
-            traceback.print_exc()
+            _report(error)
+        _leave_job()
         return 1
+
+
+def _report(error: Exception) -> None:
+    """One line for what the user can mend, files that cannot be used among it; a traceback for all else."""
+    if isinstance(error, AlignDistilError):
+        text = str(error)
+    elif isinstance(error, OSError) and error.filename is not None:
+        text = f"cannot use {error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        text = "the disk is full"
+    else:
+        traceback.print_exception(error)
+        return
+    print(f"aligndistil: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 def _first_to_report() -> bool:
     """Whether this process is the first of its job to fail: later errors are mostly echoes of the first one."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_initialized():
+    if _joined():
         try:
-            return torch.distributed.distributed_c10d._get_default_store().add("aligndistil/errors", 1) == 1
+            return sys.modules["torch"].distributed.distributed_c10d._get_default_store().add(_REPORTED, 1) == 1
         except RuntimeError:  # the process that held the store has ended, after reporting
             return False
-    return os.environ.get("RANK", "0") == "0"
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # The machine's first process has most likely failed too, and whoever started them now ends this one.
+        # If not, the error is this process's own.
+        time.sleep(2 * GRACE_SECONDS)
+    return True
+
+
+def _joined() -> bool:
+    """Whether torch.distributed connects this process with the others of its job."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized()
+
+
+def _leave_job() -> None:
+    """End a process that has failed among others without torch's clean-up, which would wait for them or complain."""
+    if _joined() and sys.modules["torch"].distributed.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ class TrainConfig(Section):
     """One training stage."""
 
     algorithm: dict[str, Any]
-    """`name` and the settings of one algorithm."""
+    """The algorithm, by `algorithm.name`, and its own settings."""
     models: ModelsConfig
     data: DataConfig
     run: RunConfig
@@ -187,7 +187,10 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise ConfigError(f"--{key}: {parent} already has a plain value")
-        section[leaf] = yaml.safe_load(text)
+        try:
+            section[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--{key} {text}: the value is not YAML; put quotes around a text") from None
     return overrides
 
 
@@ -205,7 +208,23 @@ def build(schema: type[SectionT], values: Mapping[str, Any], where: str = "") ->
     try:
         return schema.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(schema, problem, where) for problem in error.errors())) from None
+        problems = error.errors()
+        missing = [problem for problem in problems if problem["type"] == "missing"]
+        explained = [_explain(schema, problem, where) for problem in problems if problem not in missing]
+        if missing:
+            keys = [key for problem in missing for key in _required(schema, [str(part) for part in problem["loc"]])]
+            names = ", ".join(f"{where}.{key}" if where else key for key in keys)
+            explained.append(f"the configuration needs {names}; set each in the YAML file or as --KEY VALUE")
+        raise ConfigError("; ".join(explained)) from None
+
+
+def _required(schema: type[Section], location: list[str]) -> Iterator[str]:
+    """The keys that have to be given where `location` is missing: itself, or those of the section that it is."""
+    key = ".".join(location)
+    for name, default, kind, _ in walk(schema):
+        if default is ... and (name == key or name.startswith(key + ".")):
+            # The one mapping that a schema does not know belongs to what its name says: an algorithm.
+            yield f"{name}.name" if kind.startswith("dict") else name
 
 
 def _explain(schema: type[Section], problem: Any, where: str) -> str:
@@ -216,7 +235,10 @@ def _explain(schema: type[Section], problem: Any, where: str) -> str:
         sections = {name.rpartition(".")[0] for name in known} - {""}
         candidates = [*known, *sections]
         local = ".".join(location)
-        nearest = difflib.get_close_matches(local, candidates, 1, 0.5)
+        # Words that a key abbreviates (learning_rate: lr) are no near spelling of it.
+        initials = "".join(word[:1] for word in location[-1].split("_"))
+        nearest = [name for name in candidates if name.rpartition(".")[2] == initials]
+        nearest = nearest or difflib.get_close_matches(local, candidates, 1, 0.5)
         if not nearest:
             by_leaf = {name.rpartition(".")[2]: name for name in candidates}
             nearest = [by_leaf[leaf] for leaf in difflib.get_close_matches(location[-1], by_leaf, 1, 0.6)]
@@ -226,8 +248,6 @@ def _explain(schema: type[Section], problem: Any, where: str) -> str:
             else f"known keys: {', '.join(known)}"
         )
         return f"unknown configuration key {key}; {hint}"
-    if problem["type"] == "missing":
-        return f"the configuration needs {key}; set it in the YAML file or with --{key}"
     message = str(problem["msg"])
     return f"{key} = {problem['input']!r} cannot be used: {message[0].lower()}{message[1:]}"
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_aligndistil.config import ParallelConfig, PrecisionConfig
 from megatron_aligndistil.data.batch import MicroBatch, Responses
@@ -54,6 +55,7 @@ def largest_difference(hf_folder: Path, checkpoint: Path) -> float:
         (frozen,) = frozen_outputs(Model(chunks, arch), "distribution", [batch], parallel)
         assert frozen.head is not None
         ours_TV = frozen.head.logits().cpu()
+    disable_progress_bar()
     reference = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32).eval()
     with torch.no_grad():
         return float((reference(tokens_BS).logits.flatten(0, 1) - ours_TV).abs().max())

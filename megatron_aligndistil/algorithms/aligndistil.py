@@ -31,7 +31,7 @@ class AlignDistilConfig(Section):
     eps: float = Field(1e-3, gt=0)
     """ε, the adaptive coefficient where the two models agree."""
     on_policy: bool = False
-    """Sample responses from the policy (eq. 18) to the prompts of data.train, instead of learning on given ones (19)."""
+    """Sample responses from the policy (eq. 18) to the prompts of data.train, not learn on given ones (eq. 19)."""
     official_compat: bool = False
     """As the authors' code does: TVD without its ½, and the response mask one position late."""
 

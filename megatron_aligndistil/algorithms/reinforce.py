@@ -38,12 +38,13 @@ class Reinforce(Algorithm):
     def loss(self, model: str, head: LMHead, responses: Responses, frozen: Mapping[str, Frozen]) -> LossOutput:
         """L = -mean over rows of (1/|y|) Σ_t A_t log π_θ(y_t), y sampled from π_θ; counted in rows.
 
-        r_t = β0 (log π_dpo - log π_rev)(y_t) - β (log π_θ - log π_dpo)(y_t); A_t = r_t (AlignDistil, eq. 43), or Σ_s r_s
-        on every token (eq. 42). Divided by |y| as eq. 18 is, so that the three compare. No gradient flows through A_t.
+        r_t = β0 (log π_dpo - log π_rev)(y_t) - β (log π_θ - log π_dpo)(y_t); A_t = r_t (AlignDistil, eq. 43), or
+        Σ_s r_s on every token (eq. 42). Divided by |y| as eq. 18 is, so that the three compare. No gradient flows
+        through A_t.
 
         Metrics, per sequence and in nats: `reward`, the sampled contrastive reward without the KL, `kl_dpo_sequence`,
-        the sampled Σ_t log π_θ/π_dpo, and `length` in tokens. Collectives over the tensor parallel group: one all-gather
-        of [3, T] forward; backward those of ``head.logits``.
+        the sampled Σ_t log π_θ/π_dpo, and `length` in tokens. Collectives over the tensor parallel group: one
+        all-gather of [3, T] forward; backward those of ``head.logits``.
         """
         logprobs_T = label_logprobs(head.logits(), responses.targets_T, head.shard)
         dpo_T, reverse_T = frozen["dpo"].logprobs_T, frozen["reverse"].logprobs_T

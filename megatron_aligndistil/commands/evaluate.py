@@ -128,7 +128,8 @@ def evaluate(config: EvaluateConfig) -> None:
             )
         if not parallel.is_reporter:
             return
-        table = Table(title=f"{config.measure} on {config.data} ({report})")
+        print(f"{config.measure} on {config.data}: {report}")
+        table = Table()
         for column in ("measure", "mean", "standard error", "examples"):
             table.add_column(column)
         for name, estimate in found.items():

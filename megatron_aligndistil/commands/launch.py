@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 GRACE_SECONDS = 5.0  # how long the others may go on once one process has failed, and how long one told to end may take
+# What says to a process which one of a job it is; torchrun sets these, and so does `run_local`.
+JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL_SECONDS = 0.05
 _FORWARDED = (signal.SIGINT, signal.SIGTERM)
 

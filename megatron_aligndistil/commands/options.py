@@ -56,7 +56,11 @@ def run_on_processes(
     `nproc` is what the user asked for; `default` says how many the layout needs.
     """
     if under_torchrun():
-        work()
+        from megatron_aligndistil.engine.parallel import process_group
+
+        # Joined before any work, so that an error of any one process is known, and told, by one (see __main__).
+        with process_group():
+            work()
         return 0
     if nproc is not None and not nproc.isdigit():
         raise ConfigError(f"--nproc {nproc} is not a number of processes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,7 +17,9 @@ from typing import Any
 import yaml
 from pydantic import Field
 
+from megatron_aligndistil import algorithms
 from megatron_aligndistil.commands import convert, evaluate, generate
+from megatron_aligndistil.commands.launch import JOB_VARIABLES
 from megatron_aligndistil.commands.options import describe, parse, processes_for, run_on_processes, take, wants_help
 from megatron_aligndistil.config import Section, TrainConfig, build, merge, read_yaml
 from megatron_aligndistil.errors import AlignDistilError, ConfigError
@@ -89,6 +92,8 @@ def read_stages(config: PipelineConfig) -> list[Stage]:
             raise ConfigError(
                 f"stage {number} ({name or 'unnamed'}) needs a name and one of {', '.join(_SCHEMAS)}, script"
             )
+        if name in {stage.name for stage in stages}:
+            raise ConfigError(f"two stages are called {name}; what is done is kept by name, so give each its own")
         kind = kinds[0]
         filled = _fill(raw[kind], values, name)
         fingerprint = hashlib.sha256(
@@ -119,6 +124,8 @@ def _fill(value: Any, values: dict[str, Any], stage: str) -> Any:
             raise ConfigError(
                 f"stage {stage} uses ${{{error.args[0]}}}, which vars does not have; set --vars.{error.args[0]}"
             ) from None
+        except ValueError:
+            raise ConfigError(f"stage {stage}: '{value}' has a $ that no ${{NAME}} follows; write $$ for $") from None
     return value
 
 
@@ -129,13 +136,14 @@ def _settings(kind: str, filled: Any, defaults: dict[str, Any], name: str) -> An
         return [str(part) for part in filled]
     schema = _SCHEMAS[kind]
     under = {key: value for key, value in defaults.items() if key in schema.model_fields}
-    settings = build(schema, merge(under, filled), where=f"stage {name}")
-    if isinstance(settings, TrainConfig):
-        from megatron_aligndistil import algorithms
-
-        algorithms.build(settings.algorithm)
-    elif isinstance(settings, evaluate.EvaluateConfig):
-        evaluate.check(settings)
+    try:
+        settings = build(schema, merge(under, filled or {}))
+        if isinstance(settings, TrainConfig):
+            algorithms.build(settings.algorithm)
+        elif isinstance(settings, evaluate.EvaluateConfig):
+            evaluate.check(settings)
+    except ConfigError as error:
+        raise ConfigError(f"stage {name}: {error}") from None
     return settings
 
 
@@ -154,6 +162,8 @@ def _run_all(config: PipelineConfig, stages: list[Stage]) -> None:
                 _say(f"{title}: done before")
                 continue
             _say(f"{title}: {stage.kind}")
+            done[stage.name] = _begun(stage)
+            on_first_rank(_write_record, record, done)
             began = time.monotonic()
             if stage.kind == "script":
                 on_first_rank(_run_script, stage)
@@ -165,12 +175,17 @@ def _run_all(config: PipelineConfig, stages: list[Stage]) -> None:
             _say(f"{title}: done in {time.monotonic() - began:.0f} s")
 
 
+def _begun(stage: Stage) -> str:
+    """What the record says of a stage that is under way, or was cut short."""
+    return f"begun {stage.fingerprint}"
+
+
 def _refuse_stale(stages: list[Stage], done: dict[str, str]) -> None:
-    """Raise ConfigError where a trained model is there that other settings, or other inputs, made: it is not ours to delete."""
+    """Raise ConfigError where a model is there that other settings or inputs made: it is not ours to delete."""
     stale = [
         stage.settings.run.dir
         for stage in stages
-        if stage.kind == "train" and done.get(stage.name, stage.fingerprint) != stage.fingerprint
+        if stage.kind == "train" and done.get(stage.name) not in (None, _begun(stage), stage.fingerprint)
     ]
     folders = [folder for folder in stale if Path(folder).exists()]
     if folders:
@@ -195,7 +210,9 @@ _WORK: dict[str, Callable[[Any], None]] = {
 
 
 def _run_script(stage: Stage) -> None:
-    code = subprocess.run([sys.executable, *stage.settings], check=False).returncode
+    # The script is a job of its own: with these variables it would wait for processes that are not there.
+    environment = {key: value for key, value in os.environ.items() if key not in JOB_VARIABLES}
+    code = subprocess.run([sys.executable, *stage.settings], env=environment, check=False).returncode
     if code:
         raise AlignDistilError(f"stage {stage.name}: {' '.join(stage.settings)} ended with exit code {code}")
 

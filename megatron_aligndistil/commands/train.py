@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_aligndistil import algorithms
 from megatron_aligndistil.commands.options import describe, parse, processes_for, run_on_processes, take, wants_help
 from megatron_aligndistil.config import TrainConfig, parse_overrides
 
@@ -21,6 +22,7 @@ def run(arguments: list[str]) -> int:
         return 0
     nproc, rest = take(arguments, "--nproc")
     config = parse(TrainConfig, rest)
+    algorithms.build(config.algorithm)  # so that a wrong key is told before any process is started
 
     def work() -> None:
         from megatron_aligndistil.engine.trainer import train
@@ -31,8 +33,6 @@ def run(arguments: list[str]) -> int:
 
 
 def _help(arguments: list[str]) -> str:
-    from megatron_aligndistil import algorithms
-
     overrides = parse_overrides([argument for argument in arguments if argument not in ("-h", "--help")])
     section = overrides.get("algorithm")
     name = section.get("name") if isinstance(section, dict) else None

@@ -65,7 +65,7 @@ class DatasetReport:
     tokens: int = 0
 
     def __str__(self) -> str:
-        parts = [f"{self.examples:,} examples of {self.tokens:,} tokens from {self.records:,} records"]
+        parts = [f"{self.examples:,} examples with {self.tokens:,} tokens in all, from {self.records:,} records"]
         reasons = {
             "left out as empty": self.empty,
             "left out because the prompt fills max_length": self.no_room,

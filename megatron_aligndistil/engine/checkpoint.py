@@ -158,6 +158,6 @@ def resume_training(checkpoint: Path, trained: Sequence[Trained]) -> int:
         for index, chunk in enumerate(item.model.chunks):
             _fill(chunk, loaded[f"model{index}"])
         item.load_optimizer(loaded["optimizer"])
-        item.scheduler.load_state_dict(loaded["scheduler"])
+        item.load_scheduler(loaded["scheduler"])
     dist.barrier()
     return json.loads((checkpoint / "progress.json").read_text())["step"]

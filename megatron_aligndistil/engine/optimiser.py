@@ -65,6 +65,16 @@ class Trained:
             if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam):
                 part._set_main_param_and_optimizer_states = partial(_set_all_but_step, part)
         self.optimizer.load_state_dict(state)
+        for part in self._parts:
+            if isinstance(part.optimizer, torch.optim.Adam):
+                # Megatron hands one step count to all weights, and each weight's update would count it up for all.
+                for weight_state in part.optimizer.state.values():
+                    weight_state["step"] = weight_state["step"].clone()
+
+    def load_scheduler(self, state: dict[str, Any]) -> None:
+        """Take over the place in the learning rate schedule from a checkpoint."""
+        self.scheduler.num_steps = 0  # Megatron adds the saved steps to those already counted
+        self.scheduler.load_state_dict(state)
 
     @property
     def _parts(self) -> Sequence[MegatronOptimizer]:
@@ -79,6 +89,38 @@ def _set_all_but_step(part: DistributedOptimizer, weight: torch.nn.Parameter, te
     """Copy a weight's loaded states; megatron-core 0.16.1 asks for torch's step count too, which it has set before."""
     step = part._get_main_param_and_optimizer_states(weight)["step"]
     DistributedOptimizer._set_main_param_and_optimizer_states(part, weight, {**tensors, "step": step})
+
+
+def _keep_places(part: DistributedOptimizer) -> None:
+    """Save the state of every weight from where it lies.
+
+    To save, megatron-core 0.16.1 gathers a buffer's states without the padding between its buckets, and then looks for
+    each weight at its place in the buffer with padding: states behind a padded bucket are read from the wrong place,
+    with no more than a warning. Here the padding is put back before it looks.
+    """
+    gather = part.get_parameter_state_dp_zero
+
+    def gather_in_place(*args: Any, **kwargs: Any) -> dict[Any, Any] | None:
+        gathered = gather(*args, **kwargs)
+        if gathered is not None:
+            for index, buffer in enumerate(part.buffers):
+                for states in gathered[index].values():
+                    for key in ("param", "exp_avg", "exp_avg_sq"):
+                        states[key] = _with_padding(states[key], buffer.buckets)
+        return gathered
+
+    part.get_parameter_state_dp_zero = gather_in_place
+
+
+def _with_padding(packed: Tensor, buckets: Sequence[Any]) -> Tensor:
+    """Buckets laid end to end [numel without padding], moved to their offsets in the buffer."""
+    if len(buckets) == 1:
+        return packed
+    padded = packed.new_zeros(buckets[-1].offset + buckets[-1].numel_unpadded)
+    parts = packed.split([bucket.numel_unpadded for bucket in buckets])
+    for bucket, part in zip(buckets, parts, strict=True):
+        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = part
+    return padded
 
 
 def make_trained(
@@ -119,6 +161,9 @@ def make_trained(
         ),
         wrapped,
     )
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, DistributedOptimizer):
+            _keep_places(part)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

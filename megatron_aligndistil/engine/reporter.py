@@ -102,7 +102,7 @@ class Reporter:
         self._progress.update(self._task, completed=step, status=status)
         if not self._console.is_terminal and (step == self._total or step % max(1, self._total // 10) == 0):
             remaining = self._progress.tasks[0].time_remaining
-            eta = "" if remaining is None else f", eta {remaining:.0f} s"
+            eta = "" if remaining is None or step == self._total else f", eta {remaining:.0f} s"
             self._console.print(f"{self._title} {step}/{self._total}{eta}  {status}", highlight=False)
 
     def say(self, text: str) -> None:

@@ -50,10 +50,10 @@ def roll_out(
 ) -> Rollout:
     """Sample one response a prompt from the very weights being trained, and batch prompts with responses.
 
-    The samples are a function of weights, seed and a prompt's place in the global batch, so they do not depend on the layout, and
-    a run that is resumed draws what it would have drawn. A response cut at the limit is used as it is: no end of sequence is
-    forged, or with `mask_truncated` left out of the loss. No gradient flows through the sampling. Collectives: those of
-    generation, and one all-reduce of a few numbers over the data parallel group.
+    The samples are a function of weights, seed and a prompt's place in the global batch, so they do not depend on the
+    layout, and a run that is resumed draws what it would have drawn. A response cut at the limit is used as it is: no
+    end of sequence is forged, or with `mask_truncated` left out of the loss. No gradient flows through the sampling.
+    Collectives: those of generation, and one all-reduce of a few numbers over the data parallel group.
     """
     tokens = [row.tokens.tolist() for (row,) in prompts]
     sampling = Sampling(config.max_new_tokens, config.temperature, seed, stop_tokens)

@@ -17,19 +17,26 @@ _MAY_CHANGE = {("run", key) for key in ("log_every", "eval_every", "save_every",
 _MAY_CHANGE |= {("parallel", key) for key in ("tp", "pp", "vpp", "sequence_parallel")} | {("batch", "micro_size")}
 
 
-def claim(folder: Path, config: TrainConfig, algorithm: Algorithm) -> None:
-    """Write the resolved configuration. Raises ConfigError when the folder belongs to a different run."""
-    resolved = config.model_dump(mode="json") | {"algorithm": algorithm.config.model_dump(mode="json")}
+def check_free(folder: Path, config: TrainConfig, algorithm: Algorithm) -> None:
+    """Raise ConfigError when the folder belongs to a different run."""
     path = folder / "config.yaml"
     if path.is_file():
-        changed = _changes(yaml.safe_load(path.read_text(encoding="utf-8")), resolved)
+        changed = _changes(yaml.safe_load(path.read_text(encoding="utf-8")), _resolved(config, algorithm))
         if changed:
             raise ConfigError(
                 f"{folder} holds a run with another configuration ({', '.join(changed)}); "
                 "choose another run.dir, or delete that folder"
             )
+
+
+def claim(folder: Path, config: TrainConfig, algorithm: Algorithm) -> None:
+    """Write the resolved configuration, which makes the folder this run's."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_yaml(resolved, path)
+    write_yaml(_resolved(config, algorithm), folder / "config.yaml")
+
+
+def _resolved(config: TrainConfig, algorithm: Algorithm) -> dict[str, Any]:
+    return config.model_dump(mode="json") | {"algorithm": algorithm.config.model_dump(mode="json")}
 
 
 def is_complete(folder: Path, algorithm: Algorithm) -> bool:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -21,7 +20,7 @@ from megatron_aligndistil.data.tokenizer import load_tokenizer, pad_id
 from megatron_aligndistil.data.tokens import stop_ids
 from megatron_aligndistil.engine import checkpoint, run_folder
 from megatron_aligndistil.engine.hf import draw_weights, save_folder
-from megatron_aligndistil.engine.model import build_model, freeze
+from megatron_aligndistil.engine.model import build_model, check_fits, freeze, transformer_config
 from megatron_aligndistil.engine.optimiser import Trained, make_trained
 from megatron_aligndistil.engine.parallel import Parallel, on_first_rank, parallel_session
 from megatron_aligndistil.engine.reporter import Reporter
@@ -53,12 +52,20 @@ def train(config: TrainConfig) -> None:
     arch = architectures["policy"]
     with parallel_session(config.parallel) as parallel:
         folder = Path(config.run.dir)
-        on_first_rank(run_folder.claim, folder, config, algorithm)
+        on_first_rank(run_folder.check_free, folder, config, algorithm)
         if run_folder.is_complete(folder, algorithm):
             if dist.get_rank() == 0:
                 print(f"{folder} is already complete; delete it to train again", flush=True)
             return
-        _Stage(config, algorithm, sources, arch, parallel).run(folder)
+        # What cannot be built is told before the data are read.
+        check_fits(arch, parallel)
+        transformer_config(arch, parallel, config.precision, config.run.recompute)
+        stage = _Stage(config, algorithm, sources, arch, parallel)
+        # Not earlier: a run that cannot begin leaves no configuration behind that would forbid the mended one.
+        on_first_rank(run_folder.claim, folder, config, algorithm)
+        stage.run(folder)
+        if parallel.is_reporter:
+            print(f"wrote {', '.join(str(folder / name) for name in algorithm.trained)}", flush=True)
 
 
 def _sources(config: TrainConfig, algorithm: Algorithm) -> dict[str, str]:
@@ -98,7 +105,7 @@ class _Stage:
         config, parallel = self.config, self.parallel
         dataset, report = load_dataset(config.data, source, self.tokenizer, self.algorithm.data)
         if parallel.is_reporter:
-            print(f"{source}: {report}", flush=True)
+            print(f"{'training' if training else 'evaluation'} data {source}: {report}", flush=True)
         rows = [row.tokens for example in dataset for row in example]
         largest, longest = max(int(tokens.max()) for tokens in rows), max(map(len, rows))
         if largest >= self.arch.vocab_size:

@@ -34,7 +34,7 @@ def test_pairs_are_dropped_and_cut_as_reported(tmp_path):
     ]
     assert report == DatasetReport(records=3, examples=2, empty=1, no_room=0, cut_prompts=1, cut_responses=1, tokens=19)
     assert str(report) == (
-        "2 examples of 19 tokens from 3 records; 1 left out as empty; 1 with the prompt's beginning cut to "
+        "2 examples with 19 tokens in all, from 3 records; 1 left out as empty; 1 with the prompt's beginning cut to "
         "max_prompt_length; 1 with a response's end cut to max_length"
     )
 

@@ -34,7 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (path / "responses.jsonl").open("w") as file:
         for record in records:
             file.write(
-                json.dumps({"prompt_tokens": record["prompt_tokens"], "response_tokens": record["chosen_tokens"]}) + "\n"
+                json.dumps({"prompt_tokens": record["prompt_tokens"], "response_tokens": record["chosen_tokens"]})
+                + "\n"
             )
     return path
 

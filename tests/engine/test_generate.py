@@ -59,7 +59,16 @@ def test_greedy_equals_transformers_on_the_pretrained_model(workers, shared_data
 def test_samples_are_the_same_at_any_layout_and_batch_size(workers, folder: Path) -> None:
     sampling = Sampling(max_new_tokens=12, temperature=1.0, seed=3, stop_tokens=frozenset({1, 50, 51, 52}))
     (alone,) = workers.run(1, completions, str(folder), PROMPTS, sampling, ParallelConfig(), 8)
-    layouts = ((1, 1, 1, 2), (2, 2, 1, 8), (2, 1, 1, 1), (4, 2, 1, 3), (4, 4, 1, 8), (2, 1, 2, 8), (4, 2, 2, 3), (4, 1, 2, 2))
+    layouts = (
+        (1, 1, 1, 2),
+        (2, 2, 1, 8),
+        (2, 1, 1, 1),
+        (4, 2, 1, 3),
+        (4, 4, 1, 8),
+        (2, 1, 2, 8),
+        (4, 2, 2, 3),
+        (4, 1, 2, 2),
+    )
     for world_size, tp, pp, batch_size in layouts:
         layout = ParallelConfig(tp=tp, pp=pp)
         found = workers.run(world_size, completions, str(folder), PROMPTS, sampling, layout, batch_size)

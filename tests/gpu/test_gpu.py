@@ -192,9 +192,7 @@ def test_fp8_trains_like_bf16(folders, tmp_path: Path, algorithm: dict[str, Any]
         pytest.skip("FP8 needs compute capability 8.9 or higher (Ada, Hopper or later)")
     folder = folders["llama-untied"]
     plain = trained(configuration(folder, tmp_path / "bf16", algorithm, dtype="bf16"))
-    fp8 = trained(
-        configuration(folder, tmp_path / "fp8", algorithm, dtype="bf16", fp8="hybrid", fp8_recipe="delayed")
-    )
+    fp8 = trained(configuration(folder, tmp_path / "fp8", algorithm, dtype="bf16", fp8="hybrid", fp8_recipe="delayed"))
     assert len(fp8) == STEPS
     assert fp8[0]["train/policy/loss"] != plain[0]["train/policy/loss"], "FP8 products should leave a trace"
     for one, other in zip(plain, fp8, strict=True):
