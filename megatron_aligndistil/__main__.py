@@ -21,7 +21,11 @@ COMMANDS = {
     "doctor": "what is installed, what will be used, and what to mend",
 }
 
+# A file that is not there is no such error: every one that a user names is looked for, with a better sentence.
+_USERS_TO_MEND = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS, errno.ENOSPC}
 _REPORTED = "aligndistil/errors"  # key of the job's store that counts failures
+# Else each process that finds the others gone prints the stack of torch's C++ code. Read when torch is imported.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def usage() -> str:
@@ -51,13 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(error: Exception) -> None:
-    """One line for what the user can mend, files that cannot be used among it; a traceback for all else."""
+    """One line for what the user can mend; a traceback for all else."""
     if isinstance(error, AlignDistilError):
         text = str(error)
-    elif isinstance(error, OSError) and error.filename is not None:
-        text = f"cannot use {error.filename}: {error.strerror}"
-    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        text = "the disk is full"
+    elif isinstance(error, OSError) and error.errno in _USERS_TO_MEND:
+        text = f"cannot use {error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     else:
         traceback.print_exception(error)
         return

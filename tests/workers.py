@@ -7,6 +7,7 @@ and are sent by name; arguments and results are sent by value.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -152,6 +153,9 @@ def _forget_groups() -> None:
         sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    # A gloo group keeps threads, busy ones once its peers are gone, until the last model that holds it is collected.
+    gc.collect()
+    gc.freeze()  # what is alive now stays, so the next collection need not walk all of torch again
 
 
 def _pack_error(error: Exception, rank: int) -> bytes:

@@ -46,6 +46,17 @@ class Trained:
         self.scheduler.step(increment=1)
         return math.nan if grad_norm is None else float(grad_norm)
 
+    def release(self) -> None:
+        """Let go of the weights at the end; nothing here can be used afterwards.
+
+        Megatron's wrapper and (through fp32 shards, which are views with a gradient function) its optimiser keep
+        autograd nodes whose hooks hold the wrapper in turn: a cycle that Python's collector cannot see.
+        """
+        for chunk in self.model.chunks:
+            chunk.grad_accs.clear()
+        for part in self._parts:
+            vars(part).clear()
+
     def prepare_loading(self) -> None:
         """Give torch's AdamW the states that its first step would make, so that a checkpoint has somewhere to load to.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megatron_aligndistil.backends import Backend, select
 from megatron_aligndistil.config import ParallelConfig
@@ -109,6 +111,8 @@ def parallel_session(config: ParallelConfig) -> Iterator[Parallel]:
     """Megatron's groups for one layout; undone on leaving, so that a session with another layout may follow."""
     from megatron.core import parallel_state, tensor_parallel
 
+    # Models of an earlier session hold its groups, in cycles; a gloo group that outlives its peers keeps a thread busy.
+    gc.collect()
     with process_group() as backend:
         dp = check_layout(config, dist.get_world_size())
         parallel_state.initialize_model_parallel(
@@ -135,6 +139,17 @@ def parallel_session(config: ParallelConfig) -> Iterator[Parallel]:
             )
         finally:
             parallel_state.destroy_model_parallel()
+            _destroy_subgroups()
+
+
+def _destroy_subgroups() -> None:
+    """Give up every group but the world's, which Megatron only forgets, and its cache that keeps models alive."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    RotaryEmbedding.forward.cache_clear()
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def on_first_rank(function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:

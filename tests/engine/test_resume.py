@@ -57,9 +57,7 @@ def test_resumed_steps_are_the_same(workers, base, tmp_path: Path, world_size: i
     values = merge(merge(base, changes), {"run": {"dir": str(tmp_path)}})
     workers.run(world_size, run_training, values)
     whole, exported = metrics(tmp_path), weights(tmp_path)
-    for step in range(2 * CUT, STEPS + 1, CUT):
-        shutil.rmtree(tmp_path / "checkpoints" / f"step_{step:06d}")
-    shutil.rmtree(tmp_path / "dpo")
+    cut_short(tmp_path)
     workers.run(world_size, run_training, values)
     resumed = metrics(tmp_path)
     assert list(resumed) == list(range(1, STEPS + 1))
@@ -70,6 +68,30 @@ def test_resumed_steps_are_the_same(workers, base, tmp_path: Path, world_size: i
     assert found.keys() == exported.keys()
     for name, tensor in exported.items():
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [({"tp": 2}, {"pp": 2}), ({"pp": 2, "vpp": 2}, {}), ({}, {"tp": 2, "sequence_parallel": True})]
+)
+def test_another_layout_goes_on(workers, base, tmp_path: Path, first: dict[str, Any], second: dict[str, Any]) -> None:
+    values = merge(base, {"run": {"dir": str(tmp_path)}, "precision": {"dtype": "fp32"}, "optim": {"eps": 1e-3}})
+    workers.run(2, run_training, merge(values, {"parallel": first}))
+    whole, exported = metrics(tmp_path), weights(tmp_path)
+    cut_short(tmp_path)
+    workers.run(2, run_training, merge(values, {"parallel": second}))
+    resumed, found = metrics(tmp_path), weights(tmp_path)
+    for step, line in whole.items():
+        for key in ("train/dpo/loss", "train/dpo/grad_norm", "train/dpo/lr"):
+            assert resumed[step][key] == pytest.approx(line[key], rel=1e-4), f"{key} of step {step}"
+    for name, tensor in exported.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-5)
+
+
+def cut_short(folder: Path) -> None:
+    """Make the run look as if it had ended after its first checkpoint."""
+    for step in range(2 * CUT, STEPS + 1, CUT):
+        shutil.rmtree(folder / "checkpoints" / f"step_{step:06d}")
+    shutil.rmtree(folder / "dpo")
 
 
 def metrics(folder: Path) -> dict[int, dict[str, float]]:

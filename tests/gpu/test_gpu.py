@@ -89,12 +89,10 @@ def our_logits(folder: Path, tokens_BS: Tensor, dtype: str) -> tuple[Tensor, boo
         load_model(chunks, folder, arch, parallel)
         batch = MicroBatch(tokens_BS, positions_T, responses).to(parallel.backend.device)
         (output,) = frozen_outputs(Model(chunks, arch), "distribution", [batch], parallel)
-        fused = any(type(module).__module__.startswith("transformer_engine") for c in chunks for module in c.modules())
-        assert has_transformer_engine(parallel.backend) == (
-            fused or any(type(module).__name__.startswith("TE") for c in chunks for module in c.modules())
-        )
+        fused = any("transformer_engine" in type(module).__module__ for chunk in chunks for module in chunk.modules())
+        assert fused == has_transformer_engine(parallel.backend)
         assert output.head is not None
-        return output.head.logits().float(), has_transformer_engine(parallel.backend)
+        return output.head.logits().float(), fused
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -181,7 +179,7 @@ def test_aligndistil_trains(folders, tmp_path: Path, architecture: str, dtype: s
 
 @pytest.mark.parametrize(
     ("algorithm", "tolerance"),
-    [({"name": "sft"}, 0.03), ({"name": "aligndistil", **DISTIL}, 0.15)],
+    [({"name": "sft"}, 0.04), ({"name": "aligndistil", **DISTIL}, 0.1)],
     ids=["sft", "aligndistil"],
 )
 def test_fp8_trains_like_bf16(folders, tmp_path: Path, algorithm: dict[str, Any], tolerance: float) -> None:
@@ -191,8 +189,10 @@ def test_fp8_trains_like_bf16(folders, tmp_path: Path, algorithm: dict[str, Any]
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("FP8 needs compute capability 8.9 or higher (Ada, Hopper or later)")
     folder = folders["llama-untied"]
-    plain = trained(configuration(folder, tmp_path / "bf16", algorithm, dtype="bf16"))
-    fp8 = trained(configuration(folder, tmp_path / "fp8", algorithm, dtype="bf16", fp8="hybrid", fp8_recipe="delayed"))
+    slower = {"optim": {"lr": 2e-4}}  # so that losses stay large enough to compare
+    plain = trained(merge(configuration(folder, tmp_path / "bf16", algorithm, dtype="bf16"), slower))
+    precision = {"dtype": "bf16", "fp8": "hybrid", "fp8_recipe": "delayed"}
+    fp8 = trained(merge(configuration(folder, tmp_path / "fp8", algorithm, **precision), slower))
     assert len(fp8) == STEPS
     assert fp8[0]["train/policy/loss"] != plain[0]["train/policy/loss"], "FP8 products should leave a trace"
     for one, other in zip(plain, fp8, strict=True):
@@ -225,6 +225,7 @@ def test_greedy_generation_follows_transformers(folders, architecture: str) -> N
 def test_checkpoint_loads_and_resumes(folders, tmp_path: Path) -> None:
     folder = folders["qwen2-tied"]
     values = configuration(folder, tmp_path / "whole", {"name": "aligndistil", **DISTIL}, dtype="bf16")
+    values = merge(values, {"optim": {"lr": 2e-4}})
     whole = trained(values)
     broken = merge(values, {"run": {"dir": str(tmp_path / "broken"), "save_every": STEPS // 2}})
     trained(broken)
