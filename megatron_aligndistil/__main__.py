@@ -76,7 +76,7 @@ def _first_to_report() -> bool:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         # The machine's first process has most likely failed too, and whoever started them now ends this one.
         # If not, the error is this process's own.
-        time.sleep(2 * GRACE_SECONDS)
+        time.sleep(1.5 * GRACE_SECONDS)
     return True
 
 

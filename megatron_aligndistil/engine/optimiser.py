@@ -53,7 +53,7 @@ class Trained:
         autograd nodes whose hooks hold the wrapper in turn: a cycle that Python's collector cannot see.
         """
         for chunk in self.model.chunks:
-            chunk.grad_accs.clear()
+            cast(DistributedDataParallel, chunk).grad_accs.clear()
         for part in self._parts:
             vars(part).clear()
 

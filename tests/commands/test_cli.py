@@ -113,7 +113,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
         [*ALIGNDISTIL, "--models.policy", "nothing", *TWO],
         "nothing is no checkpoint: it has neither config.json nor metadata.json",
     ),
-    "no data": ([*DPO, "--data.train", "no.jsonl", *TWO], "there is no data file or folder no.jsonl"),
+    "no data": ([*DPO, "--data.train", "no.jsonl"], "there is no data file or folder no.jsonl"),
     "a folder that cannot be made": ([*DPO, "--run.dir", "pairs.jsonl/run"], "cannot use pairs.jsonl/run"),
     "existing target of a conversion": (
         ["convert", "--source", "policy", "--to", "hf", "--out", "dpo", *TWO],
@@ -141,7 +141,7 @@ def test_wrong_input_is_told_in_one_line(folder: Path, case: str) -> None:
 
 @NO_GPU
 def test_fp8_needs_a_gpu(folder: Path) -> None:
-    arguments = [*DPO, "--precision.fp8", "hybrid", "--run.dir", "runs/fp8", *TWO]
+    arguments = [*DPO, "--precision.fp8", "hybrid", "--run.dir", "runs/fp8"]
     assert "precision.fp8 needs a GPU" in refused(folder, *PROGRAM, *arguments)
 
 
@@ -227,7 +227,7 @@ def test_conversion_there_and_back_changes_no_bit(folder: Path) -> None:
 def pipeline(folder: Path) -> dict[str, Any]:
     """A script makes the data; SFT, sampling and KL follow."""
     shutil.rmtree(folder / "work", ignore_errors=True)
-    (folder / "copy.py").write_text(
+    (folder / "make_data.py").write_text(
         "import os, shutil, sys\n"
         "assert 'RANK' not in os.environ, 'a script is no part of the job'\n"
         "os.makedirs(os.path.dirname(sys.argv[2]), exist_ok=True)\n"
@@ -237,7 +237,7 @@ def pipeline(folder: Path) -> dict[str, Any]:
         "dir": "work",
         "vars": {"tokens": 4},
         "stages": [
-            {"name": "data", "script": ["copy.py", "pairs.jsonl", "${dir}/data.jsonl"]},
+            {"name": "data", "script": ["make_data.py", "pairs.jsonl", "${dir}/data.jsonl"]},
             {
                 "name": "sft",
                 "train": {

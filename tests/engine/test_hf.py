@@ -140,7 +140,7 @@ def test_a_real_pretrained_model_survives_tp2_pp1(workers, shared_data, tmp_path
 
 def test_stored_dtype_is_what_the_weights_need_whatever_config_json_says(tmp_path: Path) -> None:
     for number, (dtype, expected) in enumerate(
-        ((torch.bfloat16, "bf16"), (torch.float32, "fp32"), (torch.float16, "fp32"))
+        ((torch.bfloat16, "bf16"), (torch.float32, "fp32"), (torch.float16, "fp16"))
     ):
         folder = tmp_path / str(number)
         make("llama-tied", folder, dtype)
