@@ -16,8 +16,8 @@ from summary import Plan, Stage  # noqa: E402
 # Grey for where all begins, then the colours of Okabe and Ito, which colour-blind readers can tell apart.
 COLOURS = ("#7a7a7a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288")
 # Metrics worth a panel, best first, by a part of their name; bookkeeping is never drawn.
-PREFERRED = ("loss", "reward", "accuracy", "kl_dpo_sequence", "margin", "alpha", "tvd")
-BOOKKEEPING = {"step", "time", "seconds", "tokens_per_second", "lr", "grad_norm", "epoch", "length"}
+PREFERRED = ("loss", "accuracy", "margin", "reward", "kl_dpo_sequence", "alpha", "tvd")
+BOOKKEEPING = {"step", "time", "seconds", "rollout", "tokens_per_second", "lr", "grad_norm", "epoch", "length"}
 STYLE: Any = {
     "figure.dpi": 100,
     "savefig.dpi": 150,
@@ -151,7 +151,10 @@ def panels(stage: Stage, limit: int = 3) -> list[str]:
     drawable = [
         name
         for name, count in counts.items()
-        if count > 1 and not _is_evaluation(name) and name.rsplit("/", 1)[-1] not in BOOKKEEPING
+        if count > 1
+        and not _is_evaluation(name)
+        and name.split("/", 1)[0] not in BOOKKEEPING
+        and name.rsplit("/", 1)[-1] not in BOOKKEEPING
     ]
     rank = {
         name: next((n for n, part in enumerate(PREFERRED) if part in name.lower()), len(PREFERRED)) for name in drawable
