@@ -110,8 +110,20 @@ class RolloutConfig(Section):
     """Longest sampled response in tokens."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature."""
+    top_k: int = Field(0, ge=0)
+    """Draw from so many of the likeliest tokens only; 0, as the method asks, allows all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw from the likeliest tokens that together have this probability; 1, as the method asks, allows all."""
+    stop: list[str] = []
+    """Texts that end a response, beside the tokenizer's end of sequence."""
     batch_size: int = Field(64, ge=1)
-    """Responses sampled together on one data parallel rank."""
+    """Responses in progress at a time on one data parallel rank; a finished one makes room for the next prompt."""
+    samples: int = Field(1, ge=1)
+    """Responses a prompt; `batch.global_size` counts responses."""
+    updates: int = Field(1, ge=1)
+    """Optimiser steps on one rollout: so many global batches are sampled at once, and the last is so many steps old."""
+    on_policy_fraction: float = Field(1.0, ge=0, le=1)
+    """Share of each global batch that the policy samples; the rest are the records' own responses (GKD's λ)."""
     mask_truncated: bool = False
     """Leave responses that reached `max_new_tokens` out of the loss."""
 

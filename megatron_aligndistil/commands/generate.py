@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field
@@ -36,6 +37,12 @@ class GenerateConfig(Section):
     """Use only the first so many prompts."""
     temperature: float = Field(1.0, ge=0)
     """Sampling temperature; 0 takes the likeliest token."""
+    top_k: int = Field(0, ge=0)
+    """Draw from so many of the likeliest tokens only; 0 allows all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw from the likeliest tokens that together have this probability."""
+    stop: list[str] = []
+    """Texts that end a response, as in --stop '["\\n\\n"]'."""
     seed: int = Field(0, ge=0)
     """Seed of the samples."""
     batch_size: int = Field(64, ge=1)
@@ -59,11 +66,11 @@ def run(arguments: list[str]) -> int:
 def generate(config: GenerateConfig) -> None:
     """Sample and write; the file appears only when every response is there."""
     from megatron_aligndistil.data.dataset import load_dataset
-    from megatron_aligndistil.data.tokenizer import load_tokenizer
+    from megatron_aligndistil.data.tokenizer import load_tokenizer, to_text
     from megatron_aligndistil.data.tokens import stop_ids
     from megatron_aligndistil.engine import checkpoint
-    from megatron_aligndistil.engine.generate import Sampling, gather_completions
-    from megatron_aligndistil.engine.generate import generate as sample
+    from megatron_aligndistil.engine.completions import Sampling
+    from megatron_aligndistil.engine.generate import MegatronSampler, gather_completions
     from megatron_aligndistil.engine.model import build_model, freeze
     from megatron_aligndistil.engine.parallel import parallel_session
     from megatron_aligndistil.engine.reporter import track
@@ -81,25 +88,34 @@ def generate(config: GenerateConfig) -> None:
         dataset, _ = load_dataset(limits, config.prompts, tokenizer, "prompts")
         prompts = [row.tokens.tolist() for (row,) in dataset]
     rows = [prompt for prompt in prompts for _ in range(config.samples)]
-    layout = config.parallel.model_copy(update={"sequence_parallel": False})
-    with parallel_session(layout) as parallel:
+    with parallel_session(config.parallel) as parallel:
         chunks = build_model(arch, parallel, config.precision)
         checkpoint.load_model(chunks, config.model, arch, parallel)
         freeze(chunks)
-        sampling = Sampling(config.max_new_tokens, config.temperature, config.seed, stop_ids(tokenizer))
+        sampling = Sampling(
+            config.max_new_tokens,
+            config.seed,
+            stop_ids(tokenizer),
+            config.temperature,
+            config.top_k,
+            config.top_p,
+            tuple(config.stop),
+        )
+        as_text = partial(to_text, tokenizer, skip_special_tokens=False)
+        sampler = MegatronSampler(Model(chunks, arch), parallel, config.batch_size, as_text)
         with track("generate", -(-len(rows) // parallel.dp), parallel.is_reporter) as advance:
-            mine = sample(Model(chunks, arch), rows, sampling, parallel, config.batch_size, advance)
+            mine = sampler.generate(rows, sampling, advance)
         completions = gather_completions(mine, parallel)
         if not parallel.is_reporter:
             return
         out = Path(config.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(out.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
+        unfinished = out.with_name(out.name + ".partial")
+        with unfinished.open("w", encoding="utf-8") as file:
             for row, (prompt, completion) in enumerate(zip(rows, completions, strict=True)):
                 record = {
-                    "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-                    "response": tokenizer.decode(completion.tokens, skip_special_tokens=True),
+                    "prompt": to_text(tokenizer, prompt),
+                    "response": to_text(tokenizer, completion.tokens),
                     "prompt_tokens": list(prompt),
                     "response_tokens": completion.tokens,
                     "logprob": sum(completion.logprobs),
@@ -108,5 +124,5 @@ def generate(config: GenerateConfig) -> None:
                     "sample": row % config.samples,
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        partial.rename(out)
+        unfinished.rename(out)
         print(f"wrote {len(rows)} responses to {out}", flush=True)

@@ -61,7 +61,7 @@ class GlobalBatches:
 
     Args:
         dataset: the examples.
-        global_size: examples in a step, over all ranks (`batch.global_size`).
+        global_size: examples in a step, over all ranks (`batch.global_size`), repetitions included.
         micro_size: examples in a micro-batch (`batch.micro_size`).
         pad_id: the token that fills rows up.
         dp_rank, dp_size: which rank this is, of how many.
@@ -71,6 +71,7 @@ class GlobalBatches:
         drop_last: leave out the examples of an epoch that fill no whole step; otherwise the last step is filled up with
             rows of length 0, which count for nothing, so that every rank has equally many micro-batches.
         shifted_mask: see :func:`collate`.
+        repeat: how many times in a row an example stands in a global batch (a prompt that is to be answered n times).
 
     Raises ConfigError where `global_size` cannot be cut so, or the dataset fills no step.
     """
@@ -89,6 +90,7 @@ class GlobalBatches:
         pad_multiple: int = 1,
         drop_last: bool = True,
         shifted_mask: bool = False,
+        repeat: int = 1,
     ) -> None:
         assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
         if global_size % (micro_size * dp_size):
@@ -97,10 +99,17 @@ class GlobalBatches:
                 f"batch.global_size {global_size} is not a multiple of batch.micro_size {micro_size} x {dp_size} data "
                 f"parallel ranks = {micro_size * dp_size}; set batch.global_size to {above}, or lower batch.micro_size"
             )
-        if drop_last and len(dataset) < global_size:
+        if global_size % repeat:
             raise ConfigError(
-                f"the training data has {len(dataset)} examples, fewer than batch.global_size {global_size}, so no "
-                f"step can be made; lower batch.global_size or add data"
+                f"batch.global_size {global_size} counts responses and is not a multiple of {repeat} a prompt; set it "
+                f"to {-(-global_size // repeat) * repeat}"
+            )
+        self._num_distinct = global_size // repeat
+        if drop_last and len(dataset) < self._num_distinct:
+            each = f" / {repeat} responses each" if repeat > 1 else ""
+            raise ConfigError(
+                f"the training data has {len(dataset)} examples, fewer than batch.global_size {global_size}{each}, so "
+                f"no step can be made; lower batch.global_size or add data"
             )
         self._dataset = dataset
         self._global_size = global_size
@@ -113,7 +122,8 @@ class GlobalBatches:
         self._pad_multiple = pad_multiple
         self._shifted_mask = shifted_mask
         self._orders: dict[int, list[int]] = {}
-        whole, rest = divmod(len(dataset), global_size)
+        self._repeat = repeat
+        whole, rest = divmod(len(dataset), self._num_distinct)
         self.steps_per_epoch: int = whole + (1 if rest and not drop_last else 0)
 
     def __len__(self) -> int:
@@ -127,7 +137,8 @@ class GlobalBatches:
     def indices(self, step: int) -> list[int]:
         """Which examples the global batch of a step holds, in order; fewer than `global_size` where it is filled up."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        return self._order(epoch)[within * self._global_size : (within + 1) * self._global_size]
+        chosen = self._order(epoch)[within * self._num_distinct : (within + 1) * self._num_distinct]
+        return [index for index in chosen for _ in range(self._repeat)]
 
     def examples(self, step: int) -> list[Example]:
         """The global batch of a step, of all ranks."""
@@ -139,8 +150,12 @@ class GlobalBatches:
 
     def at(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step, counted from 0 over all epochs; any step, in any order."""
-        batch = self.examples(step)
-        longest = max(len(row.tokens) for example in batch for row in example)
+        return self.cut(self.examples(step))
+
+    def cut(self, examples: Sequence[Example]) -> list[MicroBatch]:
+        """This rank's micro-batches of a global batch of these examples, filled up where they are fewer."""
+        batch = list(examples)
+        longest = max(1, *(len(row.tokens) for example in batch for row in example))
         length = -(-longest // self._pad_multiple) * self._pad_multiple
         filler = (make_row([], []),) * self._dataset.rows_per_example
         batch += [filler] * (self._global_size - len(batch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     except Exception as error:  # transformers and tokenizers have no common base for what may be wrong with a file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+
+
+def to_text(tokenizer: Tokenizer, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    """The text of some tokens; spaces are left as the tokens have them."""
+    text = tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str), "one text for one list of tokens"
+    return text
 
 
 def pad_id(tokenizer: Tokenizer) -> int:

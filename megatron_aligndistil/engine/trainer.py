@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,19 +13,21 @@ import torch.distributed as dist
 
 from megatron_aligndistil import algorithms
 from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput
-from megatron_aligndistil.config import TrainConfig
+from megatron_aligndistil.config import RolloutConfig, TrainConfig
 from megatron_aligndistil.data.batch import MicroBatch, Responses
 from megatron_aligndistil.data.dataset import load_dataset
 from megatron_aligndistil.data.loader import GlobalBatches
-from megatron_aligndistil.data.tokenizer import load_tokenizer, pad_id
+from megatron_aligndistil.data.tokenizer import load_tokenizer, pad_id, to_text
 from megatron_aligndistil.data.tokens import stop_ids
 from megatron_aligndistil.engine import checkpoint, run_folder
+from megatron_aligndistil.engine.generate import MegatronSampler
 from megatron_aligndistil.engine.hf import draw_weights, save_folder
 from megatron_aligndistil.engine.model import build_model, check_fits, freeze, transformer_config
 from megatron_aligndistil.engine.optimiser import Trained, make_trained
 from megatron_aligndistil.engine.parallel import Parallel, on_first_rank, parallel_session
 from megatron_aligndistil.engine.reporter import Reporter
-from megatron_aligndistil.engine.rollout import Rollout, roll_out
+from megatron_aligndistil.engine.rollout import Answer, Rollout, Rollouts
+from megatron_aligndistil.engine.samples import write_samples
 from megatron_aligndistil.engine.schedule import Model, check_microbatches, frozen_outputs, losses, reduce_metrics
 from megatron_aligndistil.errors import AlignDistilError, ConfigError
 from megatron_aligndistil.models.architecture import Architecture, require_same
@@ -100,12 +103,25 @@ class _Stage:
         self.eval_batches = self._batches(config.data.eval, training=False) if config.data.eval else None
         self.num_steps = config.run.steps or config.run.epochs * self.batches.steps_per_epoch
         check_microbatches(config.batch.global_size // (config.batch.micro_size * parallel.dp), parallel)
+        if config.run.save_every and algorithm.data == "prompts" and config.run.save_every % config.rollout.updates:
+            raise ConfigError(
+                f"run.save_every {config.run.save_every} falls within a rollout of rollout.updates "
+                f"{config.rollout.updates} steps, whose samples are not saved; set it to a multiple"
+            )
         self.frozen = {name: self._frozen(sources[name]) for name in algorithm.frozen}
         self.trained = [self._trained(name) for name in algorithm.trained]
+        self.rollouts = self._rollouts(self.batches, config.run.seed * 1_000_003, config.rollout, self.num_steps)
 
     def _batches(self, source: str, training: bool) -> GlobalBatches:
         config, parallel = self.config, self.parallel
-        dataset, report = load_dataset(config.data, source, self.tokenizer, self.algorithm.data)
+        on_policy = self.algorithm.data == "prompts"
+        mixed = training and on_policy and config.rollout.on_policy_fraction < 1
+        if mixed and config.rollout.samples > 1:
+            raise ConfigError(
+                "a record has one response of its own; set rollout.samples to 1, or rollout.on_policy_fraction too"
+            )
+        form = "responses" if mixed else self.algorithm.data
+        dataset, report = load_dataset(config.data, source, self.tokenizer, form)
         if parallel.is_reporter:
             print(f"{'training' if training else 'evaluation'} data {source}: {report}", flush=True)
         rows = [row.tokens for example in dataset for row in example]
@@ -132,6 +148,18 @@ class _Stage:
             pad_multiple=_pad_multiple(config, parallel),
             pad_id=self._pad_id,
             shifted_mask=self.algorithm.shifted_mask,
+            repeat=config.rollout.samples if training and on_policy else 1,
+        )
+
+    def _rollouts(self, source: GlobalBatches, seed: int, config: RolloutConfig, num_steps: int) -> Rollouts | None:
+        """What the policy answers to prompts, where that is what the algorithm learns on."""
+        if self.algorithm.data != "prompts":
+            return None
+        sampler = MegatronSampler(
+            self.trained[0].model, self.parallel, config.batch_size, partial(to_text, self.tokenizer)
+        )
+        return Rollouts(
+            sampler, source, config, self.parallel, num_steps=num_steps, seed=seed, stop_tokens=stop_ids(self.tokenizer)
         )
 
     def _frozen(self, source: str) -> Model:
@@ -171,7 +199,7 @@ class _Stage:
                 done = step + 1
                 last = done == self.num_steps
                 if self.eval_batches and (last or (config.run.eval_every and done % config.run.eval_every == 0)):
-                    reporter.log(done, self._evaluate())
+                    reporter.log(done, self._evaluate(done))
                 if last or (config.run.save_every and done % config.run.save_every == 0):
                     checkpoint.save_training(
                         folder / "checkpoints", done, self.trained, self.sources["policy"], config.run.keep
@@ -182,7 +210,7 @@ class _Stage:
 
     def _step(self, step: int, reporter: Reporter) -> None:
         began = time.perf_counter()
-        rollout = self._roll_out(self.batches, step, self.config.run.seed * 1_000_003 + step)
+        rollout = self.rollouts.at(step) if self.rollouts else _given(self.batches, step)
         batches = [batch.to(self.parallel.backend.device) for batch in rollout.batches]
         sampled = time.perf_counter()
         frozen = self._frozen_outputs(batches)
@@ -216,22 +244,6 @@ class _Stage:
         )
         reporter.advance(step + 1, f"{shown}  {tokens_per_second:,.0f} tokens/s")
 
-    def _roll_out(self, source: GlobalBatches, step: int, seed: int) -> Rollout:
-        """The micro-batches of a step: read from the data, or sampled by the policy where that gives prompts."""
-        if self.algorithm.data != "prompts":
-            return Rollout(source.at(step), source.num_tokens(step), {})
-        return roll_out(
-            self.trained[0].model,
-            source.examples(step),
-            self.config.rollout,
-            self.parallel,
-            seed=seed,
-            stop_tokens=stop_ids(self.tokenizer),
-            micro_size=self.config.batch.micro_size,
-            pad_id=self._pad_id,
-            pad_multiple=_pad_multiple(self.config, self.parallel),
-        )
-
     @property
     def _pad_id(self) -> int:
         return min(pad_id(self.tokenizer), self.arch.vocab_size - 1)
@@ -247,23 +259,39 @@ class _Stage:
     def _loss(self, name: str) -> Callable[[LMHead, Responses, Mapping[str, Frozen]], LossOutput]:
         return lambda head, responses, frozen: self.algorithm.loss(name, head, responses, frozen)
 
-    def _evaluate(self) -> dict[str, float]:
-        """Means over the evaluation records of the loss and metrics of every trained model."""
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Means over the evaluation records of the loss and metrics of every trained model.
+
+        Where the policy answers prompts, its answers go to a file too.
+        """
         assert self.eval_batches is not None
         outputs: dict[str, list[LossOutput]] = {item.name: [] for item in self.trained}
-        for index in range(self.eval_batches.steps_per_epoch):
-            rollout = self._roll_out(self.eval_batches, index, self.config.run.seed + index)
+        answers: list[Answer] = []
+        num_steps = self.eval_batches.steps_per_epoch
+        plain = self.config.rollout.model_copy(update={"updates": 1, "on_policy_fraction": 1.0})
+        # Seeds below those of training, and the same at every evaluation: what differs is the policy.
+        rollouts = self._rollouts(self.eval_batches, self.config.run.seed * 1_000_003 - num_steps, plain, num_steps)
+        for index in range(num_steps):
+            rollout = rollouts.at(index) if rollouts else _given(self.eval_batches, index)
+            answers += rollout.answers
             batches = [batch.to(self.parallel.backend.device) for batch in rollout.batches]
             frozen = self._frozen_outputs(batches)
             for item in self.trained:
                 outputs[item.name] += losses(
                     item.model, self._loss(item.name), batches, frozen, self.parallel, backward=False
                 )
+        if answers and self.parallel.is_reporter:
+            write_samples(Path(self.config.run.dir) / "samples" / f"step_{step:06d}.txt", answers, self.tokenizer)
         return {
             f"eval/{name}/{key}": value
             for name, collected in outputs.items()
             for key, value in reduce_metrics(collected, self.parallel).items()
         }
+
+
+def _given(source: GlobalBatches, step: int) -> Rollout:
+    """A global batch read from the data."""
+    return Rollout(source.at(step), source.num_tokens(step))
 
 
 def _pad_multiple(config: TrainConfig, parallel: Parallel) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_aligndistil.config import ParallelConfig, PrecisionConfig
 from megatron_aligndistil.engine.checkpoint import load_model, read_architecture
-from megatron_aligndistil.engine.generate import Completion, Sampling, gather_completions, generate
+from megatron_aligndistil.engine.completions import Completion, Sampling
+from megatron_aligndistil.engine.generate import MegatronSampler, gather_completions
 from megatron_aligndistil.engine.model import build_model, freeze
 from megatron_aligndistil.engine.parallel import parallel_session
 from megatron_aligndistil.engine.schedule import Model
@@ -30,7 +32,13 @@ def completions(
         chunks = build_model(arch, parallel, PrecisionConfig(dtype="fp32"))
         load_model(chunks, folder, arch, parallel)
         freeze(chunks)
-        return gather_completions(generate(Model(chunks, arch), prompts, sampling, parallel, batch_size), parallel)
+        sampler = MegatronSampler(Model(chunks, arch), parallel, batch_size, as_text)
+        return gather_completions(sampler.generate(prompts, sampling), parallel)
+
+
+def as_text(tokens: Sequence[int]) -> str:
+    """A text in which each token is one character."""
+    return "".join(chr(0x4E00 + token) for token in tokens)
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +84,7 @@ def test_samples_are_the_same_at_any_layout_and_batch_size(workers, folder: Path
             assert [each.tokens for each in rank] == [each.tokens for each in alone]
     assert {each.finish for each in alone} <= {"stop", "length"}
     assert len({tuple(each.tokens) for each in alone}) == len(PROMPTS)
-    other = workers.run(
-        1, completions, str(folder), PROMPTS, Sampling(12, 1.0, 4, frozenset({1})), ParallelConfig(), 8
-    )[0]
+    other = workers.run(1, completions, str(folder), PROMPTS, Sampling(12, 4, frozenset({1})), ParallelConfig(), 8)[0]
     assert [each.tokens for each in other] != [each.tokens for each in alone]
 
 
