@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+SERVE = ["fastapi", "uvicorn"]
 
 
 def read_version() -> str:
@@ -49,7 +50,8 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.10,<2.12"],
         "nemo": ["nemo-toolkit"],
         "wandb": ["wandb"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.17,<0.18", "mypy>=2,<3", "types-PyYAML"],
+        "serve": SERVE,
+        "dev": [*SERVE, "openai", "pytest>=8", "hypothesis>=6", "ruff>=0.17,<0.18", "mypy>=2,<3", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["aligndistil = megatron_aligndistil.__main__:main"]},
 )

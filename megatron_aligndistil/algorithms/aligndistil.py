@@ -9,12 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput
+from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput, sampled_rewards
 from megatron_aligndistil.config import Section
 from megatron_aligndistil.data.batch import Responses
 from megatron_aligndistil.ops.head import LMHead
 from megatron_aligndistil.ops.teacher import Teacher, compose_teacher
-from megatron_aligndistil.ops.vocab_parallel import expected_logprobs, reverse_kl
+from megatron_aligndistil.ops.vocab_parallel import expected_logprobs, label_logprobs_given, reverse_kl
 
 
 class AlignDistilConfig(Section):
@@ -62,8 +62,8 @@ class AlignDistil(Algorithm):
         """L = mean over rows of (1/|y|) Σ_t β_t KL(π_θ || π*) with β_t = β0/α_t (AlignDistil, eq. 19).
 
         Counted in rows; an empty row counts for nothing. Gradient flows through π_θ only, not through π*, α_t or β_t.
-        Metrics, in nats: see :meth:`_metrics`. Collectives over the tensor parallel group: three all-gathers and one
-        all-reduce forward, of at most 9 numbers a position; backward those of ``head.logits``.
+        Metrics, in nats: see :meth:`_metrics`. Collectives over the tensor parallel group: three all-gathers and two
+        all-reduces forward, of at most 9 numbers a position; backward those of ``head.logits``.
         """
         policy_logits_Tv = head.logits()
         with torch.no_grad():
@@ -80,8 +80,12 @@ class AlignDistil(Algorithm):
         )
         kl_T = reverse_kl(policy_logits_Tv, teacher.logits_Tv, head.shard.tp_group)
         loss_sum = responses.mean_rows(self.config.beta0 / teacher.alpha_T * kl_T).sum()
-        expected_KT, _ = expected_logprobs(policy_logits_Tv, [dpo_logits_Tv, negative_logits_Tv], head.shard.tp_group)
+        others = [dpo_logits_Tv, negative_logits_Tv]
+        expected_KT, (_, *found) = expected_logprobs(policy_logits_Tv, others, head.shard.tp_group)
         metrics = self._metrics(responses, teacher, kl_T.detach(), expected_KT)
+        if not self.shifted_mask:  # whose last position predicts no token of the response
+            dpo_T, negative_T = label_logprobs_given(others, found, responses.targets_T, head.shard)
+            metrics |= sampled_rewards(responses, self.config.beta0 * (dpo_T - negative_T))
         return LossOutput(loss_sum, (responses.lengths_B > 0).sum(), metrics)
 
     def _coefficient(self) -> tuple[float, float]:
@@ -95,16 +99,18 @@ class AlignDistil(Algorithm):
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """The paper's metrics.
 
-        Per token: `alpha`, `tvd`, `kl_teacher`, `kl_dpo_token` and `kl_reverse_token` (or `kl_reference_token`), the
-        divergences of the policy from those models. Per sequence: `reward`, the policy's expected reward
-        β0 Σ_t E_{v∼π_θ}[log π_dpo(v) - log π_neg(v)] (eq. 12, or 6), `kl_dpo_sequence`, `kl_reverse_sequence` (or
-        `kl_reference_sequence`), and `length` in tokens.
+        Per token: `alpha`, `tvd`, `entropy` of the policy, `kl_teacher`, `kl_dpo_token` and `kl_reverse_token` (or
+        `kl_reference_token`), the divergences of the policy from those models. Per sequence: `reward`, the policy's
+        expected reward β0 Σ_t E_{v∼π_θ}[log π_dpo(v) - log π_neg(v)] (eq. 12, or 6), `kl_dpo_sequence`,
+        `kl_reverse_sequence` (or `kl_reference_sequence`), and `length` in tokens. Beside these, those of
+        :func:`sampled_rewards`.
         """
         policy_T, dpo_T, negative_T = expected_KT
         num_tokens, num_rows = responses.lengths_B.sum(), (responses.lengths_B > 0).sum()
         kl_dpo, kl_negative = (policy_T - dpo_T).sum(), (policy_T - negative_T).sum()
         return {
             "reward": (self.config.beta0 * (dpo_T - negative_T).sum(), num_rows),
+            "entropy": (-policy_T.sum(), num_tokens),
             "kl_teacher": (kl_T.sum(), num_tokens),
             "kl_dpo_token": (kl_dpo, num_tokens),
             "kl_dpo_sequence": (kl_dpo, num_rows),

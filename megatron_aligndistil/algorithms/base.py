@@ -42,6 +42,19 @@ class LossOutput:
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
+def sampled_rewards(responses: Responses, reward_T: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Metrics of a reward on each response token, averaged over responses.
+
+    `reward_sampled` is its sum over a response, and `reward_token` its mean over a response (the token-averaged reward
+    of AlignDistil's figure 2).
+    """
+    num_rows = (responses.lengths_B > 0).sum()
+    return {
+        "reward_sampled": (reward_T.sum(), num_rows),
+        "reward_token": (responses.mean_rows(reward_T).sum(), num_rows),
+    }
+
+
 class Algorithm(ABC):
     """One algorithm. Subclasses live in one file each and never touch process groups or Megatron.
 

@@ -7,11 +7,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput
+from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput, sampled_rewards
 from megatron_aligndistil.config import Section
 from megatron_aligndistil.data.batch import Responses
 from megatron_aligndistil.ops.head import LMHead
-from megatron_aligndistil.ops.vocab_parallel import label_logprobs
+from megatron_aligndistil.ops.vocab_parallel import expected_logprobs, label_logprobs
 
 
 class ReinforceConfig(Section):
@@ -42,11 +42,13 @@ class Reinforce(Algorithm):
         Σ_s r_s on every token (eq. 42). Divided by |y| as eq. 18 is, so that the three compare. No gradient flows
         through A_t.
 
-        Metrics, per sequence and in nats: `reward`, the sampled contrastive reward without the KL, `kl_dpo_sequence`,
-        the sampled Σ_t log π_θ/π_dpo, and `length` in tokens. Collectives over the tensor parallel group: one
-        all-gather of [3, T] forward; backward those of ``head.logits``.
+        Metrics: those of :func:`sampled_rewards` for the contrastive reward without the KL; `kl_dpo_sequence`, the
+        sampled Σ_t log π_θ/π_dpo in nats a sequence; `entropy` of the policy in nats a token; and `length` in tokens.
+        Collectives over the tensor parallel group: two all-gathers of [3, T] forward; backward those of
+        ``head.logits``.
         """
-        logprobs_T = label_logprobs(head.logits(), responses.targets_T, head.shard)
+        logits_Tv = head.logits()
+        logprobs_T = label_logprobs(logits_Tv, responses.targets_T, head.shard)
         dpo_T, reverse_T = frozen["dpo"].logprobs_T, frozen["reverse"].logprobs_T
         assert dpo_T is not None and reverse_T is not None, "the engine gives what `frozen` asks for"
         kl_T = logprobs_T.detach() - dpo_T
@@ -54,10 +56,11 @@ class Reinforce(Algorithm):
         advantage_T = contrastive_T - self.config.beta * kl_T
         if self.config.level == "sentence":
             advantage_T = responses.sum_rows(advantage_T)[responses.rows_T]
-        num_rows = (responses.lengths_B > 0).sum()
-        metrics = {
-            "reward": (contrastive_T.sum(), num_rows),
+        num_rows, num_tokens = (responses.lengths_B > 0).sum(), responses.lengths_B.sum()
+        (policy_T,), _ = expected_logprobs(logits_Tv.detach(), [], head.shard.tp_group)
+        metrics = sampled_rewards(responses, contrastive_T) | {
+            "entropy": (-policy_T.sum(), num_tokens),
             "kl_dpo_sequence": (kl_T.sum(), num_rows),
-            "length": (responses.lengths_B.sum(), num_rows),
+            "length": (num_tokens, num_rows),
         }
         return LossOutput(-responses.mean_rows(advantage_T * logprobs_T).sum(), num_rows, metrics)

@@ -155,9 +155,8 @@ class _Stage:
         """What the policy answers to prompts, where that is what the algorithm learns on."""
         if self.algorithm.data != "prompts":
             return None
-        sampler = MegatronSampler(
-            self.trained[0].model, self.parallel, config.batch_size, partial(to_text, self.tokenizer)
-        )
+        as_text = partial(to_text, self.tokenizer, skip_special_tokens=False)
+        sampler = MegatronSampler(self.trained[0].model, self.parallel, config.batch_size, as_text)
         return Rollouts(
             sampler, source, config, self.parallel, num_steps=num_steps, seed=seed, stop_tokens=stop_ids(self.tokenizer)
         )

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_aligndistil.ops.collectives import gather_ranks
+from megatron_aligndistil.ops.collectives import gather_ranks, sum_ranks
 from megatron_aligndistil.ops.head import VocabShard
 
 
@@ -76,15 +76,38 @@ def normalisers(logits: Sequence[Tensor], tp_group: dist.ProcessGroup | None) ->
     return [_combine(pairs_RK2T[:, k, 0], pairs_RK2T[:, k, 1]) for k in range(len(pairs))]
 
 
+@torch.no_grad()
+def label_logprobs_given(
+    logits: Sequence[Tensor], found: Sequence[Normaliser], targets_T: Tensor, shard: VocabShard
+) -> Tensor:
+    """Log-probability of each target token under K models whose normalisers are known: [K, T], in nats. No gradient.
+
+    Collectives: one all-reduce of [K, T] over ``shard.tp_group``.
+    """
+    column_T1, here_T = _columns(targets_T, shard)
+    picked = []
+    for logits_Tv, normaliser in zip(logits, found, strict=True):
+        picked_T = torch.zeros_like(normaliser.max_T)
+        if shard.size:
+            target_T = in_loss_dtype(logits_Tv).gather(1, column_T1)[:, 0]
+            picked_T = torch.where(here_T, (target_T - normaliser.max_T) - normaliser.logsum_T, picked_T)
+        picked.append(picked_T)
+    return sum_ranks(torch.stack(picked), shard.tp_group)
+
+
+def _columns(targets_T: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """The column of each target in this shard, [T, 1] (any where it is elsewhere), and whether it is here, [T]."""
+    column_T = targets_T - shard.start
+    return column_T.clamp(0, max(shard.size - 1, 0))[:, None], (column_T >= 0) & (column_T < shard.size)
+
+
 class _LabelLogprobs(torch.autograd.Function):
     """d logprob / d z_v = [v is the target] - p_v; replicated output, so no collective in the backward."""
 
     @staticmethod
     def forward(ctx, logits_Tv: Tensor, targets_T: Tensor, shard: VocabShard) -> Tensor:
         shifted_Tv, max_T = _shift(logits_Tv)
-        column_T = targets_T - shard.start
-        here_T = (column_T >= 0) & (column_T < shard.size)
-        column_T1 = column_T.clamp(0, max(shard.size - 1, 0))[:, None]
+        column_T1, here_T = _columns(targets_T, shard)
         target_T = torch.zeros_like(max_T)
         if shard.size:
             target_T = torch.where(here_T, in_loss_dtype(logits_Tv).gather(1, column_T1)[:, 0], target_T)

@@ -46,7 +46,12 @@ def dense(case: Case, teacher: str) -> tuple[Tensor, dict[str, tuple[float, int]
     p_TV, logp_TV = p_TV.detach(), logp_TV.detach()  # for metrics
     reward_T = beta0 * (p_TV * (z_dpo.log_softmax(1) - z_other.log_softmax(1))).sum(1)
     tokens = len(case.targets_T)
+    step_TV = z_dpo.log_softmax(1) - z_other.log_softmax(1)
+    sampled_T = beta0 * step_TV.gather(1, case.targets_T[:, None])[:, 0]
     return loss, {
+        "reward_sampled": (float(sampled_T.sum()), len(rows)),
+        "reward_token": (float(sum(sampled_T[span].mean() for span in rows)), len(rows)),
+        "entropy": (-float((p_TV * logp_TV).sum()), tokens),
         "reward": (float(reward_T.sum()), len(rows)),
         "kl_teacher": (float(kl(z_star).sum()), tokens),
         "kl_dpo_token": (float(kl(z_dpo).sum()), tokens),
@@ -104,8 +109,10 @@ def test_official_compat_is_the_authors_loss(workers: Workers) -> None:
 
     # Without the ½, a coefficient of r/2 gives the paper's loss at r; the metric tvd keeps its ½.
     paper: Result = workers.run(2, run_sharded, section("adaptive", r=20.0), "policy", case)[0]
-    for name, (total, _) in paper.output.metrics.items():
-        assert_same(results[0].output.metrics[name][0].double(), total.double(), 1e-13)
+    for name, (total, _) in results[0].output.metrics.items():
+        assert_same(total.double(), paper.output.metrics[name][0].double(), 1e-13)
+    # The late mask's last position predicts no token of the response, so nothing is said of sampled tokens.
+    assert paper.output.metrics.keys() - results[0].output.metrics.keys() == {"reward_sampled", "reward_token"}
     assert algorithms.build(compat).shifted_mask
     assert not algorithms.build(section("adaptive")).shifted_mask
 

@@ -33,8 +33,14 @@ def dense(level: str, case: Case) -> tuple[Tensor, dict[str, tuple[float, int]]]
             reward = contrastive[span] - 0.2 * kl[span]
             weight = reward.sum() if level == "sentence" else reward
             loss = loss - (weight * policy[span]).sum() / length
+    p_TV = case.logits("policy").detach().softmax(1)
     return loss, {
-        "reward": (float(contrastive.sum()), 3),
+        "reward_sampled": (float(contrastive.sum()), 3),
+        "reward_token": (
+            float(sum(contrastive[span].sum() / max(span.stop - span.start, 1) for span in case.spans)),
+            3,
+        ),
+        "entropy": (-float((p_TV * p_TV.log()).sum()), 9),
         "kl_dpo_sequence": (float(kl.sum()), 3),
         "length": (9.0, 3),
     }

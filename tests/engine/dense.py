@@ -117,6 +117,25 @@ def aligndistil(
     return torch.stack(rows).mean()
 
 
+def reinforce(models: Models, records: Sequence[Record], *, level: str, beta0: float, beta: float) -> Tensor:
+    """Equations 42 and 43, with the reward as a plain number; the response of a record is what was sampled."""
+    rows = []
+    for record in records:
+        row, response = (record["prompt_tokens"], record["chosen_tokens"]), record["chosen_tokens"]
+
+        def chosen(name: str, row=row, response=response) -> Tensor:
+            logprobs = state_logits(models[name], *row).log_softmax(-1)
+            return torch.stack([logprobs[index, token] for index, token in enumerate(response)])
+
+        logp = chosen("policy")
+        with torch.no_grad():
+            dpo, reverse = chosen("dpo"), chosen("reverse")
+            reward = beta0 * (dpo - reverse) - beta * (logp - dpo)
+            weight = reward.sum().expand_as(reward) if level == "sentence" else reward
+        rows.append(-(weight * logp).sum() / len(response))
+    return torch.stack(rows).mean()
+
+
 @dataclass(frozen=True)
 class Step:
     """What one optimiser step saw and did; tensors by transformers' parameter names, a tied one once."""
