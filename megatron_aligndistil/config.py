@@ -122,6 +122,9 @@ class RolloutConfig(Section):
     """Responses a prompt; `batch.global_size` counts responses."""
     updates: int = Field(1, ge=1)
     """Optimiser steps on one rollout: so many global batches are sampled at once, and the last is so many steps old."""
+    ahead: bool = False
+    """Sample the next rollout while this one is learned on, with weights older by one rollout; takes one more copy of
+    the weights."""
     on_policy_fraction: float = Field(1.0, ge=0, le=1)
     """Share of each global batch that the policy samples; the rest are the records' own responses (GKD's λ)."""
     mask_truncated: bool = False

@@ -115,8 +115,13 @@ def _save(sharded: dict[str, Any], path: Path, description: Path, chunks: Sequen
     on_first_rank(describe)
 
 
-def save_training(folder: Path, step: int, trained: Sequence[Trained], source: str | Path, keep: int) -> Path:
-    """Write ``folder/step_N``, complete or absent, with everything needed to go on; drop all but the newest `keep`."""
+def save_training(
+    folder: Path, step: int, trained: Sequence[Trained], source: str | Path, keep: int, rollout: Any = None
+) -> Path:
+    """Write ``folder/step_N``, complete or absent, with everything needed to go on; drop all but the newest `keep`.
+
+    `rollout`: what has been sampled for later steps, as JSON can hold it.
+    """
     final = folder / f"step_{step:06d}"
     unfinished = final.with_suffix(".partial")
     on_first_rank(shutil.rmtree, unfinished, True)
@@ -127,7 +132,8 @@ def save_training(folder: Path, step: int, trained: Sequence[Trained], source: s
         _save(sharded, unfinished / item.name, description_folder(source), item.model.chunks)
 
     def publish() -> None:
-        (unfinished / "progress.json").write_text(json.dumps({"step": step, "models": [item.name for item in trained]}))
+        progress = {"step": step, "models": [item.name for item in trained], "rollout": rollout}
+        (unfinished / "progress.json").write_text(json.dumps(progress))
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         for old in _complete(folder)[:-keep]:
@@ -147,8 +153,8 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def resume_training(checkpoint: Path, trained: Sequence[Trained]) -> int:
-    """Load models, optimisers and schedules saved under any layout; returns the step reached."""
+def resume_training(checkpoint: Path, trained: Sequence[Trained]) -> tuple[int, Any]:
+    """Load models, optimisers and schedules saved under any layout; returns the step reached and its `rollout`."""
     for item in trained:
         item.prepare_loading()
         sharded = _sharded_model(item.model.chunks)
@@ -160,4 +166,5 @@ def resume_training(checkpoint: Path, trained: Sequence[Trained]) -> int:
         item.load_optimizer(loaded["optimizer"])
         item.load_scheduler(loaded["scheduler"])
     dist.barrier()
-    return json.loads((checkpoint / "progress.json").read_text())["step"]
+    progress = json.loads((checkpoint / "progress.json").read_text())
+    return progress["step"], progress.get("rollout")

@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -162,11 +163,15 @@ def _block_spec(config: TransformerConfig, arch: Architecture, transformer_engin
 
 
 def build_model(
-    arch: Architecture, parallel: Parallel, precision: PrecisionConfig, recompute: str = "none"
+    arch: Architecture,
+    parallel: Parallel,
+    precision: PrecisionConfig,
+    recompute: str = "none",
+    groups: ProcessGroupCollection | None = None,
 ) -> list[HiddenStateGPT]:
     """This rank's chunks of the model (one, or `vpp` under the interleaved schedule), on its device, weights undefined.
 
-    Raises ConfigError when the layout does not fit the architecture.
+    `groups` are Megatron's own where None. Raises ConfigError when the layout does not fit the architecture.
     """
     check_fits(arch, parallel)
     config = transformer_config(arch, parallel, precision, recompute)
@@ -187,6 +192,7 @@ def build_model(
             position_embedding_type="rope",
             rotary_base=arch.rope_theta,
             vp_stage=vp_stage,
+            pg_collection=groups,
         ).to(device=parallel.backend.device, dtype=config.params_dtype)
         # Megatron knows one RoPE scaling, with its constants built in; ours comes from the checkpoint's configuration.
         model.rotary_pos_emb.inv_freq = arch.inverse_frequencies().to(parallel.backend.device)

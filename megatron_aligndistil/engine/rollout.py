@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
 
-from megatron_aligndistil.config import RolloutConfig
+from megatron_aligndistil.config import PrecisionConfig, RolloutConfig
 from megatron_aligndistil.data.batch import MicroBatch
 from megatron_aligndistil.data.dataset import Example
 from megatron_aligndistil.data.loader import GlobalBatches
-from megatron_aligndistil.data.tokens import make_row
+from megatron_aligndistil.data.tokenizer import Tokenizer, to_text
+from megatron_aligndistil.data.tokens import make_row, stop_ids
+from megatron_aligndistil.engine.ahead import AheadSampler
 from megatron_aligndistil.engine.completions import Completion, Sampler, Sampling
-from megatron_aligndistil.engine.generate import gather_completions
+from megatron_aligndistil.engine.generate import MegatronSampler, gather_completions
 from megatron_aligndistil.engine.parallel import Parallel
+from megatron_aligndistil.engine.schedule import Model
 
 Answer = tuple[list[int], Completion]  # a prompt's tokens, and what was sampled for it
 
@@ -35,11 +40,42 @@ class Rollout:
     answers: list[Answer] = field(default_factory=list)
 
 
+def make_rollouts(
+    policy: Model,
+    source: GlobalBatches,
+    config: RolloutConfig,
+    precision: PrecisionConfig,
+    tokenizer: Tokenizer,
+    parallel: Parallel,
+    seed: int,
+    num_steps: int,
+) -> Rollouts:
+    """The rollouts of a run of `num_steps` optimiser steps, by the very weights being trained."""
+    as_text = partial(to_text, tokenizer, skip_special_tokens=False)
+    return Rollouts(
+        MegatronSampler(policy, parallel, config.batch_size, as_text),
+        source,
+        config,
+        parallel,
+        num_steps=num_steps,
+        seed=seed,
+        stop_tokens=stop_ids(tokenizer),
+        ahead=AheadSampler(policy, precision, parallel, config.batch_size, as_text) if config.ahead else None,
+    )
+
+
 class Rollouts:
     """The global batches of an on-policy run, sampled when they are first asked for.
 
     `config.updates` of them are sampled at once, with the same weights; the metric `staleness` counts the optimiser
-    steps between those weights and the ones that a batch updates.
+    steps between those weights and the ones that a batch updates. The samples are a function of weights, seed and a
+    prompt's place in its rollout, so they do not depend on the layout, and a run that is resumed draws what it would
+    have drawn.
+
+    Args:
+        sampler: answers prompts with the policy as it is.
+        ahead: where given, answers those of the next rollout in the background, so that all rollouts but the first are
+            sampled with weights one rollout older.
     """
 
     def __init__(
@@ -52,84 +88,114 @@ class Rollouts:
         num_steps: int,
         seed: int,
         stop_tokens: frozenset[int],
+        ahead: AheadSampler | None = None,
     ) -> None:
         self._sampler, self._source, self._config, self._parallel = sampler, source, config, parallel
-        self._num_steps, self._seed, self._stop_tokens = num_steps, seed, stop_tokens
-        self._steps = range(0)
-        self._rollouts: list[Rollout] = []
+        self._num_steps, self._seed, self._stop_tokens, self._ahead = num_steps, seed, stop_tokens, ahead
+        self._rollouts: dict[int, Rollout] = {}
+        self._started: int | None = None  # the first step of the rollout that is being sampled in the background
+        self._waiting: _Sampled | None = None  # the same once it has been waited for
 
     def at(self, step: int) -> Rollout:
-        """The global batch of a step, counted from 0; steps are asked for in order, from the first of a rollout."""
-        if step not in self._steps:
-            config = self._config
-            assert step % config.updates == 0, "checkpoints are kept between rollouts only"
-            self._steps = range(step, min(step + config.updates, self._num_steps))
-            sampling = Sampling(
-                config.max_new_tokens,
-                self._seed + step,
-                self._stop_tokens,
-                config.temperature,
-                config.top_k,
-                config.top_p,
-                tuple(config.stop),
-            )
-            self._rollouts = roll_out(
-                self._sampler,
-                self._source,
-                self._steps,
-                sampling,
-                self._parallel,
-                fraction=config.on_policy_fraction,
-                mask_truncated=config.mask_truncated,
-            )
-        return self._rollouts[step - self._steps.start]
+        """The global batch of a step, counted from 0; steps are asked for in order, from the first of a rollout.
+
+        Collectives: those of generation, and one object gather of the samples over the data parallel group.
+        """
+        if step not in self._rollouts:
+            assert step % self._config.updates == 0, "checkpoints are kept between rollouts only"
+            sampled = self._finished() if self._started == step else self._sample(step)
+            self._rollouts = self._assemble(step, sampled)
+            following = step + self._config.updates
+            if self._ahead is not None and following < self._num_steps:
+                self._ahead.start(self._prompts(following), self._sampling(following))
+                self._started = following
+        return self._rollouts[step]
+
+    def state(self) -> dict[str, Any] | None:
+        """What has been sampled and not been asked for, as JSON can hold it; waits for it. None where nothing has."""
+        return None if self._started is None else {"step": self._started, **asdict(self._finished(keep=True))}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from a :meth:`state`."""
+        if state is not None:
+            completions = [Completion(**completion) for completion in state["completions"]]
+            self._started = state["step"]
+            self._waiting = _Sampled(completions, state["seconds"], state["staleness"])
+
+    def _steps(self, first: int) -> range:
+        return range(first, min(first + self._config.updates, self._num_steps))
+
+    def _sampled_examples(self, step: int) -> tuple[list[Example], list[Example]]:
+        """The examples of a step that the policy answers, the first of them, and those that keep their response."""
+        examples = self._source.examples(step)
+        count = round(self._config.on_policy_fraction * len(examples))
+        return examples[:count], examples[count:]
+
+    def _prompts(self, first: int) -> list[list[int]]:
+        return [
+            row.tokens[: row.prompt_length].tolist()
+            for step in self._steps(first)
+            for (row,) in self._sampled_examples(step)[0]
+        ]
+
+    def _sampling(self, first: int) -> Sampling:
+        config = self._config
+        return Sampling(
+            config.max_new_tokens,
+            self._seed + first,
+            self._stop_tokens,
+            config.temperature,
+            config.top_k,
+            config.top_p,
+            tuple(config.stop),
+        )
+
+    def _sample(self, first: int) -> _Sampled:
+        began = time.perf_counter()
+        mine = self._sampler.generate(self._prompts(first), self._sampling(first))
+        return _Sampled(gather_completions(mine, self._parallel), time.perf_counter() - began, 0)
+
+    def _finished(self, *, keep: bool = False) -> _Sampled:
+        """What was sampled in the background."""
+        sampled = self._waiting
+        if sampled is None:
+            assert self._ahead is not None, "it has started"
+            mine, seconds = self._ahead.finish()
+            sampled = _Sampled(gather_completions(mine, self._parallel), seconds, self._config.updates)
+        self._waiting = sampled if keep else None
+        if not keep:
+            self._started = None
+        return sampled
+
+    def _assemble(self, first: int, sampled: _Sampled) -> dict[int, Rollout]:
+        """A global batch for each step of a rollout."""
+        answers = list(zip(self._prompts(first), sampled.completions, strict=True))
+        tokens_per_second = sum(len(completion.tokens) for _, completion in answers) / max(sampled.seconds, 1e-9)
+        rollouts = {}
+        for place, step in enumerate(self._steps(first)):
+            answered, given = self._sampled_examples(step)
+            mine, answers = answers[: len(answered)], answers[len(answered) :]
+            rows = [_example(prompt, completion, self._config.mask_truncated) for prompt, completion in mine] + given
+            metrics: dict[str, float] = {}
+            if mine:
+                staleness = float(sampled.staleness + place)
+                metrics = _metrics(mine) | {"staleness": staleness, "tokens_per_second": tokens_per_second}
+            num_tokens = sum(len(row.tokens) for (row,) in rows)
+            rollouts[step] = Rollout(self._source.cut(rows), num_tokens, metrics, mine)
+        return rollouts
 
 
-def roll_out(
-    sampler: Sampler,
-    source: GlobalBatches,
-    steps: range,
-    sampling: Sampling,
-    parallel: Parallel,
-    *,
-    fraction: float = 1.0,
-    mask_truncated: bool = False,
-) -> list[Rollout]:
-    """Answer the prompts of the global batches of `steps` with the weights as they are: one rollout a step.
+@dataclass(frozen=True)
+class _Sampled:
+    """The answers to all prompts of a rollout, how long they took, and how many updates their weights were behind."""
 
-    The samples are a function of weights, seed and a prompt's place among them, so they do not depend on the layout,
-    and a run that is resumed draws what it would have drawn. A response cut at the limit is used as it is: no end of
-    sequence is forged, or with `mask_truncated` it is left out of the loss. No gradient flows through the sampling.
-
-    Args:
-        fraction: share of each global batch that is sampled, its first examples (the order is random); the others keep
-            the responses of their records (GKD's λ, arXiv 2306.13649).
-
-    Collectives: those of generation, and one object gather of the samples over the data parallel group.
-    """
-    began = time.perf_counter()
-    by_step = [source.examples(step) for step in steps]
-    counts = [round(fraction * len(examples)) for examples in by_step]
-    prompts = [
-        row.tokens[: row.prompt_length].tolist()
-        for examples, count in zip(by_step, counts, strict=True)
-        for (row,) in examples[:count]
-    ]
-    completions = gather_completions(sampler.generate(prompts, sampling), parallel) if prompts else []
-    seconds = time.perf_counter() - began
-    tokens_per_second = sum(len(completion.tokens) for completion in completions) / seconds
-    answers = list(zip(prompts, completions, strict=True))
-    rollouts = []
-    for place, (examples, count) in enumerate(zip(by_step, counts, strict=True)):
-        mine, answers = answers[:count], answers[count:]
-        rows = [_example(prompt, completion, mask_truncated) for prompt, completion in mine] + list(examples[count:])
-        metrics = _metrics(mine) | {"staleness": float(place), "tokens_per_second": tokens_per_second} if mine else {}
-        num_tokens = sum(len(row.tokens) for (row,) in rows)
-        rollouts.append(Rollout(source.cut(rows), num_tokens, metrics, mine))
-    return rollouts
+    completions: list[Completion]
+    seconds: float
+    staleness: int
 
 
 def _example(prompt: list[int], completion: Completion, mask_truncated: bool) -> Example:
+    """A response cut at the limit is used as it is: no end of sequence is forged; or it counts for nothing."""
     if mask_truncated and completion.finish == "length":
         return (make_row([], []),)
     return (make_row(prompt, completion.tokens),)

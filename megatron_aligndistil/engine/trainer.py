@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,16 +16,14 @@ from megatron_aligndistil.config import RolloutConfig, TrainConfig
 from megatron_aligndistil.data.batch import MicroBatch, Responses
 from megatron_aligndistil.data.dataset import load_dataset
 from megatron_aligndistil.data.loader import GlobalBatches
-from megatron_aligndistil.data.tokenizer import load_tokenizer, pad_id, to_text
-from megatron_aligndistil.data.tokens import stop_ids
+from megatron_aligndistil.data.tokenizer import load_tokenizer, pad_id
 from megatron_aligndistil.engine import checkpoint, run_folder
-from megatron_aligndistil.engine.generate import MegatronSampler
 from megatron_aligndistil.engine.hf import draw_weights, save_folder
 from megatron_aligndistil.engine.model import build_model, check_fits, freeze, transformer_config
 from megatron_aligndistil.engine.optimiser import Trained, make_trained
 from megatron_aligndistil.engine.parallel import Parallel, on_first_rank, parallel_session
 from megatron_aligndistil.engine.reporter import Reporter
-from megatron_aligndistil.engine.rollout import Answer, Rollout, Rollouts
+from megatron_aligndistil.engine.rollout import Answer, Rollout, Rollouts, make_rollouts
 from megatron_aligndistil.engine.samples import write_samples
 from megatron_aligndistil.engine.schedule import Model, check_microbatches, frozen_outputs, losses, reduce_metrics
 from megatron_aligndistil.errors import AlignDistilError, ConfigError
@@ -110,7 +107,7 @@ class _Stage:
             )
         self.frozen = {name: self._frozen(sources[name]) for name in algorithm.frozen}
         self.trained = [self._trained(name) for name in algorithm.trained]
-        self.rollouts = self._rollouts(self.batches, config.run.seed * 1_000_003, config.rollout, self.num_steps)
+        self.rollouts = self._rollouts(self.batches, config.rollout, config.run.seed * 1_000_003, self.num_steps)
 
     def _batches(self, source: str, training: bool) -> GlobalBatches:
         config, parallel = self.config, self.parallel
@@ -151,21 +148,19 @@ class _Stage:
             repeat=config.rollout.samples if training and on_policy else 1,
         )
 
-    def _rollouts(self, source: GlobalBatches, seed: int, config: RolloutConfig, num_steps: int) -> Rollouts | None:
-        """What the policy answers to prompts, where that is what the algorithm learns on."""
-        if self.algorithm.data != "prompts":
-            return None
-        as_text = partial(to_text, self.tokenizer, skip_special_tokens=False)
-        sampler = MegatronSampler(self.trained[0].model, self.parallel, config.batch_size, as_text)
-        return Rollouts(
-            sampler, source, config, self.parallel, num_steps=num_steps, seed=seed, stop_tokens=stop_ids(self.tokenizer)
-        )
-
     def _frozen(self, source: str) -> Model:
         chunks = build_model(self.arch, self.parallel, self.config.precision)
         checkpoint.load_model(chunks, source, self.arch, self.parallel)
         freeze(chunks)
         return Model(chunks, self.arch)
+
+    def _rollouts(self, source: GlobalBatches, config: RolloutConfig, seed: int, num_steps: int) -> Rollouts | None:
+        """What the policy answers to prompts, where that is what the algorithm learns on."""
+        if self.algorithm.data != "prompts":
+            return None
+        precision = self.config.precision
+        policy = self.trained[0].model
+        return make_rollouts(policy, source, config, precision, self.tokenizer, self.parallel, seed, num_steps)
 
     def _trained(self, name: str) -> Trained:
         config = self.config
@@ -182,7 +177,9 @@ class _Stage:
         start = 0
         resumable = checkpoint.latest(folder / "checkpoints")
         if resumable is not None:
-            start = checkpoint.resume_training(resumable, self.trained)
+            start, sampled = checkpoint.resume_training(resumable, self.trained)
+            if self.rollouts:
+                self.rollouts.restore(sampled)
         with Reporter(
             folder,
             f"{folder.name} ({self.algorithm.name})",
@@ -201,7 +198,12 @@ class _Stage:
                     reporter.log(done, self._evaluate(done))
                 if last or (config.run.save_every and done % config.run.save_every == 0):
                     checkpoint.save_training(
-                        folder / "checkpoints", done, self.trained, self.sources["policy"], config.run.keep
+                        folder / "checkpoints",
+                        done,
+                        self.trained,
+                        self.sources["policy"],
+                        config.run.keep,
+                        self.rollouts.state() if self.rollouts else None,
                     )
         for item in self.trained:
             description = checkpoint.description_folder(self.sources["policy"])
@@ -267,9 +269,9 @@ class _Stage:
         outputs: dict[str, list[LossOutput]] = {item.name: [] for item in self.trained}
         answers: list[Answer] = []
         num_steps = self.eval_batches.steps_per_epoch
-        plain = self.config.rollout.model_copy(update={"updates": 1, "on_policy_fraction": 1.0})
+        plain = self.config.rollout.model_copy(update={"updates": 1, "ahead": False, "on_policy_fraction": 1.0})
         # Seeds below those of training, and the same at every evaluation: what differs is the policy.
-        rollouts = self._rollouts(self.eval_batches, self.config.run.seed * 1_000_003 - num_steps, plain, num_steps)
+        rollouts = self._rollouts(self.eval_batches, plain, self.config.run.seed * 1_000_003 - num_steps, num_steps)
         for index in range(num_steps):
             rollout = rollouts.at(index) if rollouts else _given(self.eval_batches, index)
             answers += rollout.answers

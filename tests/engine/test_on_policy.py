@@ -155,6 +155,30 @@ def test_mixing_goes_from_off_policy_to_on_policy(workers, folder: Path, tmp_pat
                 assert loss not in [bound["train/policy/loss"] for bound in bounds.values()]
 
 
+def test_sampling_one_rollout_ahead(workers, folder: Path, tmp_path: Path) -> None:
+    """The first two rollouts are drawn with the initial weights, each later one with those before the last update."""
+    ahead = {"rollout": {"ahead": True}, "optim": {"lr": 0.01}}
+    runs = {}
+    for name, world_size, changes in (
+        ("alone", 1, ahead),
+        ("tp2", 2, merge(ahead, {"parallel": {"tp": 2}})),
+        ("pp2", 2, merge(ahead, {"parallel": {"pp": 2}})),
+        ("dp2", 2, ahead),
+        ("still", 1, {"optim": {"lr": 1e-12}}),
+    ):
+        workers.run(world_size, run_training, configuration(folder, tmp_path / name, **changes))
+        runs[name] = lines_of(tmp_path / name)
+    assert [line["rollout/staleness"] for line in runs["alone"]] == [0, 1, 1, 1]
+    for name in ("tp2", "pp2", "dp2"):
+        for one, other in zip(runs["alone"], runs[name], strict=True):
+            assert other["train/policy/loss"] == pytest.approx(one["train/policy/loss"], rel=1e-3), name
+            assert other["train/policy/reward_token"] == pytest.approx(one["train/policy/reward_token"], rel=1e-3), name
+    # The sampled reward depends on the samples and on frozen models: it tells which samples they were.
+    drawn = {name: [line["train/policy/reward_token"] for line in lines] for name, lines in runs.items()}
+    assert drawn["alone"][:2] == pytest.approx(drawn["still"][:2], rel=1e-5)
+    assert drawn["alone"][2] != pytest.approx(drawn["still"][2], rel=1e-2)
+
+
 def run_and_die(values: dict[str, Any], step: int) -> None:
     """A run whose processes are killed when they have sampled the batch of a step and not yet scored it."""
     score, count = trainer.frozen_outputs, 0
@@ -170,11 +194,15 @@ def run_and_die(values: dict[str, Any], step: int) -> None:
     run_training(values)
 
 
-@pytest.mark.parametrize(("updates", "killed_at"), [(1, 4), (2, 3)])
+@pytest.mark.parametrize(("updates", "killed_at", "ahead"), [(1, 4, False), (2, 3, False), (1, 5, True)])
 def test_a_run_killed_between_rollout_and_update_goes_on_exactly(
-    workers, folder: Path, tmp_path: Path, updates: int, killed_at: int
+    workers, folder: Path, tmp_path: Path, updates: int, killed_at: int, ahead: bool
 ) -> None:
-    changes = {"rollout": {"updates": updates}, "run": {"steps": 6, "save_every": 2}, "parallel": {"tp": 2}}
+    changes = {
+        "rollout": {"updates": updates, "ahead": ahead},
+        "run": {"steps": 6, "save_every": 2},
+        "parallel": {"tp": 2},
+    }
     workers.run(2, run_training, configuration(folder, tmp_path / "whole", **changes))
     killed = configuration(folder, tmp_path / "killed", **changes)
     with pytest.raises(RuntimeError, match="died"):
