@@ -17,6 +17,7 @@ COMMANDS = {
     "pipeline": "run a YAML file of stages, each once",
     "convert": "convert checkpoints between Hugging Face and Megatron",
     "generate": "sample responses to prompts",
+    "serve": "answer OpenAI's completions and chat routes over HTTP",
     "evaluate": "reward accuracy and KL of models on a dataset",
     "doctor": "what is installed, what will be used, and what to mend",
 }

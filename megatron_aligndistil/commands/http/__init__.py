@@ -1,0 +1,1 @@
+"""OpenAI's completions and chat routes over an engine that draws tokens."""
