@@ -2,7 +2,7 @@
 # make test                              every check and test
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint gpu-check clean
+.PHONY: help setup demo test lint gpu-check bench bench-gpu clean
 
 VENV_PYTHON := .venv/bin/python
 
@@ -32,6 +32,12 @@ lint: setup  ## ruff and mypy
 
 gpu-check: setup  ## run the tests marked gpu and write what was seen to docs/results/
 	$(VENV_PYTHON) tools/gpu_check.py
+
+bench: setup  ## time, memory and communication of the loss on this machine's CPU, into docs/results/loss
+	$(VENV_PYTHON) -m benchmarks.loss --out docs/results/loss
+
+bench-gpu: setup  ## the same on its GPU, into docs/results/loss-gpu
+	$(VENV_PYTHON) -m benchmarks.loss --cuda --out docs/results/loss-gpu
 
 clean:  ## remove .venv, runs/ and caches
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,7 +13,7 @@ from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput
 from megatron_aligndistil.config import Section
 from megatron_aligndistil.data.batch import Responses
 from megatron_aligndistil.ops.head import LMHead
-from megatron_aligndistil.ops.vocab_parallel import label_logprobs
+from megatron_aligndistil.ops.logprobs import label_logprobs
 
 
 class DPOConfig(Section):
@@ -53,7 +53,7 @@ class DPO(Algorithm):
         """
         reference_T = frozen["reference"].logprobs_T
         assert reference_T is not None, "the engine gives what `frozen` asks for"
-        logprobs_T = label_logprobs(head.logits(), responses.targets_T, head.shard)
+        logprobs_T, _ = label_logprobs(head, responses.targets_T)
         logps_chosen_P, logps_rejected_P = _winner_first(model, responses.sum_rows(logprobs_T))
         reward_chosen_P, reward_rejected_P = _winner_first(
             model, self.config.beta * responses.sum_rows(logprobs_T - reference_T.to(logprobs_T.dtype))

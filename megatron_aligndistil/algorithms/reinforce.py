@@ -11,7 +11,7 @@ from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput, 
 from megatron_aligndistil.config import Section
 from megatron_aligndistil.data.batch import Responses
 from megatron_aligndistil.ops.head import LMHead
-from megatron_aligndistil.ops.vocab_parallel import expected_logprobs, label_logprobs
+from megatron_aligndistil.ops.logprobs import label_logprobs
 
 
 class ReinforceConfig(Section):
@@ -47,8 +47,7 @@ class Reinforce(Algorithm):
         Collectives over the tensor parallel group: two all-gathers of [3, T] forward; backward those of
         ``head.logits``.
         """
-        logits_Tv = head.logits()
-        logprobs_T = label_logprobs(logits_Tv, responses.targets_T, head.shard)
+        logprobs_T, entropy_T = label_logprobs(head, responses.targets_T)
         dpo_T, reverse_T = frozen["dpo"].logprobs_T, frozen["reverse"].logprobs_T
         assert dpo_T is not None and reverse_T is not None, "the engine gives what `frozen` asks for"
         kl_T = logprobs_T.detach() - dpo_T
@@ -57,9 +56,8 @@ class Reinforce(Algorithm):
         if self.config.level == "sentence":
             advantage_T = responses.sum_rows(advantage_T)[responses.rows_T]
         num_rows, num_tokens = (responses.lengths_B > 0).sum(), responses.lengths_B.sum()
-        (policy_T,), _ = expected_logprobs(logits_Tv.detach(), [], head.shard.tp_group)
         metrics = sampled_rewards(responses, contrastive_T) | {
-            "entropy": (-policy_T.sum(), num_tokens),
+            "entropy": (entropy_T.sum(), num_tokens),
             "kl_dpo_sequence": (kl_T.sum(), num_rows),
             "length": (num_tokens, num_rows),
         }

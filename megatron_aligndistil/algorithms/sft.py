@@ -9,7 +9,7 @@ from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput
 from megatron_aligndistil.config import Section
 from megatron_aligndistil.data.batch import Responses
 from megatron_aligndistil.ops.head import LMHead
-from megatron_aligndistil.ops.vocab_parallel import label_logprobs
+from megatron_aligndistil.ops.logprobs import label_logprobs
 
 
 class SFTConfig(Section):
@@ -28,6 +28,6 @@ class SFT(Algorithm):
         In nats: perplexity is its exponential.
         Collectives over the tensor parallel group: one all-gather of [3, T] forward; backward those of ``head.logits``.
         """
-        logprobs_T = label_logprobs(head.logits(), responses.targets_T, head.shard)
+        logprobs_T, _ = label_logprobs(head, responses.targets_T)
         count = responses.lengths_B.sum()
         return LossOutput(-logprobs_T.sum(), count)

@@ -15,7 +15,7 @@ from megatron_aligndistil.data.batch import MicroBatch, Responses
 from megatron_aligndistil.data.loader import GlobalBatches
 from megatron_aligndistil.engine.parallel import Parallel
 from megatron_aligndistil.engine.schedule import Model, Need, frozen_outputs
-from megatron_aligndistil.ops.vocab_parallel import expected_logprobs
+from megatron_aligndistil.ops.logprobs import expectations
 
 # name -> one value an example (a pair or a row) of a micro-batch; filler examples left out
 Measure = Callable[[Responses, Mapping[str, Frozen]], dict[str, Tensor]]
@@ -104,13 +104,11 @@ def divergence(responses: Responses, models: Mapping[str, Frozen]) -> dict[str, 
     """For each response: its KL from every other model, its entropy and its length; needs distributions.
 
     `kl_<name>` = Σ_t KL(π_policy ‖ π_name) in nats; `entropy` of the policy in nats a token; `length` in tokens.
-    Collectives: those of `expected_logprobs`, over the tensor parallel group.
+    Collectives: those of `expectations`, over the tensor parallel group.
     """
     heads = {name: frozen.head for name, frozen in models.items() if frozen.head is not None}
     policy = heads.pop("policy")
-    logits = [head.logits() for head in heads.values()]
-    expected_KT, _ = expected_logprobs(policy.logits(), logits, policy.shard.tp_group)
-    policy_T, *others = expected_KT
+    policy_T, *others = expectations(policy, list(heads.values()))
     real_B = responses.lengths_B > 0
     found = {
         f"kl_{name}": responses.sum_rows(policy_T - other_T)[real_B]

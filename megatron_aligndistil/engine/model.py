@@ -215,7 +215,10 @@ def lm_head(
         )
     hidden_TH = hidden.transpose(0, 1).reshape(-1, hidden.shape[-1]).index_select(0, positions_T)
     shard = parallel.vocab_shard(arch.vocab_size, arch.padded_vocab_size(parallel.tp))
-    return LMHead(hidden_TH, model.output_weight()[: shard.size], shard)
+    weight = model.output_weight()
+    # Megatron's buffer of gradients, where the model is being trained.
+    main_grad = getattr(weight, "main_grad", None)
+    return LMHead(hidden_TH, weight[: shard.size], shard, None if main_grad is None else main_grad[: shard.size])
 
 
 def freeze(chunks: Sequence[torch.nn.Module]) -> None:

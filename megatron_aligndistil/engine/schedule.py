@@ -19,7 +19,7 @@ from megatron_aligndistil.engine.parallel import Parallel
 from megatron_aligndistil.errors import ConfigError
 from megatron_aligndistil.models.architecture import Architecture
 from megatron_aligndistil.ops.head import LMHead
-from megatron_aligndistil.ops.vocab_parallel import label_logprobs
+from megatron_aligndistil.ops.logprobs import label_logprobs
 
 Need = Literal["logprobs", "distribution"]
 LossFunction = Callable[[LMHead, Responses, Mapping[str, Frozen]], LossOutput]
@@ -91,7 +91,7 @@ def frozen_outputs(model: Model, need: Need, batches: Sequence[MicroBatch], para
         head = lm_head(chunk, hidden, batch.positions_T, model.arch, parallel)
         if need == "distribution":
             return Frozen(head=LMHead(head.hidden_TH.detach(), head.weight_vH.detach(), head.shard))
-        return Frozen(logprobs_T=label_logprobs(head.logits(), batch.responses.targets_T, head.shard))
+        return Frozen(logprobs_T=label_logprobs(head, batch.responses.targets_T)[0])
 
     outputs = _run(model, batches, [None] * len(batches), on_output, parallel, forward_only=True, collect=True)
     return outputs or [Frozen()] * len(batches)

@@ -54,11 +54,14 @@ class LMHead:
         hidden_TH: final hidden states, the same on every rank of the group; their gradient is too.
         weight_vH: the real rows of this rank's output layer (see VocabShard).
         shard: which columns those rows are.
+        main_grad_vH: where the gradient of these rows is accumulated over micro-batches, if anywhere: a loss whose
+            gradient is of a higher precision than the weights adds it there itself.
     """
 
     hidden_TH: Tensor
     weight_vH: Tensor
     shard: VocabShard
+    main_grad_vH: Tensor | None = None
 
     def logits(self) -> Tensor:
         """This rank's columns of the logits, [T, v].

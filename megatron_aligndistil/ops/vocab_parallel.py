@@ -1,4 +1,4 @@
-"""Log-probabilities and KL divergences over a vocabulary that is split across the tensor parallel group.
+"""Normalisers and expectations over a vocabulary that is split across the tensor parallel group.
 
 Every function takes this rank's columns of the logits, [T, v], without padding columns; v may be 0. Arithmetic is in
 fp32, or in fp64 when given fp64. Suffixes beside the usual ones: K several models, R the ranks of the group.
@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from megatron_aligndistil.ops.collectives import gather_ranks, sum_ranks
+from megatron_aligndistil.ops.collectives import gather_ranks
 from megatron_aligndistil.ops.head import VocabShard
 
 
@@ -45,7 +44,7 @@ def in_loss_dtype(logits_Tv: Tensor) -> Tensor:
     return logits_Tv.to(torch.promote_types(logits_Tv.dtype, torch.float32))
 
 
-def _shift(logits_Tv: Tensor) -> tuple[Tensor, Tensor]:
+def shift(logits_Tv: Tensor) -> tuple[Tensor, Tensor]:
     """Logits relative to the largest of this rank, [T, v] <= 0, and that largest logit, [T].
 
     An empty shard's largest logit is the lowest finite number: its weight exp(max - global max) is then exactly 0.
@@ -57,89 +56,16 @@ def _shift(logits_Tv: Tensor) -> tuple[Tensor, Tensor]:
     return logits_Tv - max_T[:, None], max_T
 
 
-def _combine(max_RT: Tensor, sum_RT: Tensor) -> Normaliser:
+def combine(max_RT: Tensor, sum_RT: Tensor) -> Normaliser:
+    """The normaliser from each rank's largest logit and its sum of exp(logit - that), [R, T] both. No collectives."""
     max_T = max_RT.amax(dim=0)
     return Normaliser(max_T, (sum_RT * (max_RT - max_T).exp()).sum(dim=0).log())
 
 
-@torch.no_grad()
-def normalisers(logits: Sequence[Tensor], tp_group: dist.ProcessGroup | None) -> list[Normaliser]:
-    """The normaliser of each of K models' logits [T, v]. No gradient.
-
-    Collectives: one all-gather of [K, 2, T] over `tp_group`.
-    """
-    pairs = []
-    for logits_Tv in logits:
-        shifted_Tv, max_T = _shift(logits_Tv)
-        pairs.append(torch.stack([max_T, shifted_Tv.exp().sum(dim=1)]))
-    pairs_RK2T = gather_ranks(torch.stack(pairs), tp_group)
-    return [_combine(pairs_RK2T[:, k, 0], pairs_RK2T[:, k, 1]) for k in range(len(pairs))]
-
-
-@torch.no_grad()
-def label_logprobs_given(
-    logits: Sequence[Tensor], found: Sequence[Normaliser], targets_T: Tensor, shard: VocabShard
-) -> Tensor:
-    """Log-probability of each target token under K models whose normalisers are known: [K, T], in nats. No gradient.
-
-    Collectives: one all-reduce of [K, T] over ``shard.tp_group``.
-    """
-    column_T1, here_T = _columns(targets_T, shard)
-    picked = []
-    for logits_Tv, normaliser in zip(logits, found, strict=True):
-        picked_T = torch.zeros_like(normaliser.max_T)
-        if shard.size:
-            target_T = in_loss_dtype(logits_Tv).gather(1, column_T1)[:, 0]
-            picked_T = torch.where(here_T, (target_T - normaliser.max_T) - normaliser.logsum_T, picked_T)
-        picked.append(picked_T)
-    return sum_ranks(torch.stack(picked), shard.tp_group)
-
-
-def _columns(targets_T: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+def columns(targets_T: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """The column of each target in this shard, [T, 1] (any where it is elsewhere), and whether it is here, [T]."""
     column_T = targets_T - shard.start
     return column_T.clamp(0, max(shard.size - 1, 0))[:, None], (column_T >= 0) & (column_T < shard.size)
-
-
-class _LabelLogprobs(torch.autograd.Function):
-    """d logprob / d z_v = [v is the target] - p_v; replicated output, so no collective in the backward."""
-
-    @staticmethod
-    def forward(ctx, logits_Tv: Tensor, targets_T: Tensor, shard: VocabShard) -> Tensor:
-        shifted_Tv, max_T = _shift(logits_Tv)
-        column_T1, here_T = _columns(targets_T, shard)
-        target_T = torch.zeros_like(max_T)
-        if shard.size:
-            target_T = torch.where(here_T, in_loss_dtype(logits_Tv).gather(1, column_T1)[:, 0], target_T)
-        parts_R3T = gather_ranks(torch.stack([max_T, shifted_Tv.exp().sum(dim=1), target_T]), shard.tp_group)
-        normaliser = _combine(parts_R3T[:, 0], parts_R3T[:, 1])
-        if ctx.needs_input_grad[0]:
-            grad_Tv = -normaliser.logprobs(logits_Tv).exp()
-            if shard.size:
-                grad_Tv.scatter_add_(1, column_T1, here_T[:, None].to(grad_Tv.dtype))
-            ctx.save_for_backward(grad_Tv)
-            ctx.dtype = logits_Tv.dtype
-        return (parts_R3T[:, 2].sum(dim=0) - normaliser.max_T) - normaliser.logsum_T
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_T: Tensor):
-        (grad_Tv,) = ctx.saved_tensors
-        return (grad_T[:, None] * grad_Tv).to(ctx.dtype), None, None
-
-
-def label_logprobs(logits_Tv: Tensor, targets_T: Tensor, shard: VocabShard) -> Tensor:
-    """Log-probability of each target token, [T], in nats, the same on every rank.
-
-    Args:
-        logits_Tv: this rank's columns, any floating dtype.
-        targets_T: int64 token ids in 0..shard.vocab_size-1.
-        shard: which columns these are.
-
-    Gradient flows into this rank's logits, exactly. Collectives: forward one all-gather of [3, T] over
-    ``shard.tp_group``; backward none.
-    """
-    return _LabelLogprobs.apply(logits_Tv, targets_T, shard)
 
 
 @torch.no_grad()
@@ -160,15 +86,15 @@ def expected_logprobs(
     """
     # With e = exp(z - m_r) of the policy on rank r, p is e times the rank's share exp(m_r - M) / Z; and with shifted
     # logits u = z' - m'_r of any model, its log-probability is u + (m'_r - M' - log Z'). Sums of e and e·u suffice.
-    shifted_Tv, max_T = _shift(policy_logits_Tv)
+    shifted_Tv, max_T = shift(policy_logits_Tv)
     weight_Tv = shifted_Tv.exp()
     local = [torch.stack([max_T, weight_Tv.sum(dim=1), (weight_Tv * shifted_Tv).sum(dim=1)])]
     for logits_Tv in others:
-        shifted_Tv, max_T = _shift(logits_Tv)
+        shifted_Tv, max_T = shift(logits_Tv)
         local.append(torch.stack([max_T, shifted_Tv.exp().sum(dim=1), (weight_Tv * shifted_Tv).sum(dim=1)]))
     max_RKT, sum_RKT, weighted_RKT = gather_ranks(torch.stack(local), tp_group).unbind(dim=2)
 
-    found = [_combine(max_RKT[:, k], sum_RKT[:, k]) for k in range(len(local))]
+    found = [combine(max_RKT[:, k], sum_RKT[:, k]) for k in range(len(local))]
     policy_sum_RT = sum_RKT[:, 0]
     share_RT = (max_RKT[:, 0] - found[0].max_T - found[0].logsum_T).exp()
     expected = [
@@ -176,36 +102,3 @@ def expected_logprobs(
         for k, n in enumerate(found)
     ]
     return torch.stack(expected), found
-
-
-class _ReverseKL(torch.autograd.Function):
-    """dKL/dz_v = p_v (log p_v - log q_v - KL); replicated output, so no collective in the backward."""
-
-    @staticmethod
-    def forward(ctx, policy_logits_Tv: Tensor, teacher_logits_Tv: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
-        expected_KT, (policy, teacher) = expected_logprobs(policy_logits_Tv, [teacher_logits_Tv], tp_group)
-        kl_T = expected_KT[0] - expected_KT[1]
-        if ctx.needs_input_grad[0]:
-            logp_Tv = policy.logprobs(policy_logits_Tv)
-            ctx.save_for_backward(logp_Tv.exp() * (logp_Tv - teacher.logprobs(teacher_logits_Tv) - kl_T[:, None]))
-            ctx.dtype = policy_logits_Tv.dtype
-        return kl_T
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_T: Tensor):
-        (grad_Tv,) = ctx.saved_tensors
-        return (grad_T[:, None] * grad_Tv).to(ctx.dtype), None, None
-
-
-def reverse_kl(policy_logits_Tv: Tensor, teacher_logits_Tv: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """KL(policy || teacher) over the whole vocabulary at each position, [T], in nats (inside eq. 18 and 19).
-
-    Args:
-        policy_logits_Tv: this rank's columns, any floating dtype.
-        teacher_logits_Tv: the same columns of the teacher.
-
-    Gradient flows into the policy's logits only: p (log p - log q - KL), exactly; it is formed in the forward pass, so
-    one [T, v] tensor is kept. Collectives: forward one all-gather of [2, 3, T] over `tp_group`; backward none.
-    """
-    return _ReverseKL.apply(policy_logits_Tv, teacher_logits_Tv.detach(), tp_group)

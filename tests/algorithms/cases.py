@@ -13,7 +13,7 @@ from megatron_aligndistil import algorithms
 from megatron_aligndistil.algorithms.base import Frozen, LossOutput
 from megatron_aligndistil.data.batch import Responses
 from megatron_aligndistil.ops.head import LMHead
-from megatron_aligndistil.ops.vocab_parallel import label_logprobs
+from megatron_aligndistil.ops.logprobs import label_logprobs
 from tests.shards import columns, this_shard
 
 HIDDEN_SIZE = 6
@@ -92,7 +92,7 @@ def run_sharded(section: Mapping[str, Any], model: str, case: Case) -> Result:
     for name, need in algorithm.frozen.items():
         head = head_of(name)
         if need == "logprobs":
-            frozen[name] = Frozen(logprobs_T=label_logprobs(head.logits(), responses.targets_T, shard))
+            frozen[name] = Frozen(logprobs_T=label_logprobs(head, responses.targets_T)[0].detach())
         else:
             frozen[name] = Frozen(head=head)
     head = head_of("policy")

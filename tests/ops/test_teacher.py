@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_aligndistil.ops.teacher import Teacher, compose_teacher
+from benchmarks.composed import Teacher, compose_teacher
 from tests.shards import SIZES, VOCABULARIES, assert_same, columns, this_shard
 from tests.workers import Workers
 

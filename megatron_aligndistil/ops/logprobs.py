@@ -1,0 +1,100 @@
+"""Log-probabilities of given tokens from hidden states, chunk by chunk, over a split vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_aligndistil.ops.chunks import add_weight_gradient, chunks, hand_on, hidden_gradient, logits_of
+from megatron_aligndistil.ops.collectives import gather_ranks, sum_ranks
+from megatron_aligndistil.ops.head import LMHead
+from megatron_aligndistil.ops.vocab_parallel import columns, combine, expected_logprobs, in_loss_dtype, shift
+
+
+class _LabelLogprobs(torch.autograd.Function):
+    """d logprob / d z_v = [v is the target] - p_v, from logits that are formed once more in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TH: Tensor, weight_vH: Tensor, head: LMHead, targets_T: Tensor, rows: int | None
+    ) -> tuple[Tensor, Tensor]:
+        parts = [_forward_chunk(head, targets_T, each) for each in chunks(head, rows)]
+        if not parts:
+            empty = in_loss_dtype(hidden_TH.new_zeros(0))
+            parts = [(empty, empty, empty, empty)]
+        logprobs_T, entropy_T, max_T, logsum_T = (torch.cat(each) for each in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden_TH, weight_vH, targets_T, max_T, logsum_T)
+        ctx.shard, ctx.rows, ctx.main_grad_vH = head.shard, rows, head.main_grad_vH
+        ctx.mark_non_differentiable(entropy_T)
+        return logprobs_T, entropy_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_T: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        hidden_TH, weight_vH, targets_T, max_T, logsum_T = ctx.saved_tensors
+        head = LMHead(hidden_TH, weight_vH, ctx.shard)
+        hidden_grad_TH = torch.empty_like(hidden_TH, dtype=max_T.dtype)
+        weight_grad_vH = torch.zeros_like(weight_vH, dtype=max_T.dtype)
+        for rows in chunks(head, ctx.rows):
+            grad_Cv = logits_of(head, rows).sub_(max_T[rows, None]).sub_(logsum_T[rows, None]).exp_().neg_()
+            if head.shard.size:
+                column_C1, here_C = columns(targets_T[rows], head.shard)
+                grad_Cv.scatter_add_(1, column_C1, here_C[:, None].to(grad_Cv.dtype))
+            grad_Cv.mul_(grad_T[rows, None])
+            hidden_grad_TH[rows] = hidden_gradient(grad_Cv, weight_vH)
+            add_weight_gradient(weight_grad_vH, grad_Cv, hidden_TH[rows])
+        hidden_grad_TH = sum_ranks(hidden_grad_TH, ctx.shard.tp_group)
+        weight_grad_vH = hand_on(weight_grad_vH, weight_vH, ctx.main_grad_vH)
+        return hidden_grad_TH.to(hidden_TH.dtype), weight_grad_vH, None, None, None
+
+
+def _forward_chunk(head: LMHead, targets_T: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probability of the target, entropy, and the two parts of the normaliser at each position of a chunk."""
+    shard = head.shard
+    shifted_Cv, max_C = shift(logits_of(head, rows))
+    column_C1, here_C = columns(targets_T[rows], shard)
+    target_C = torch.zeros_like(max_C)
+    if shard.size:
+        target_C = torch.where(here_C, shifted_Cv.gather(1, column_C1)[:, 0] + max_C, target_C)
+    weight_Cv = shifted_Cv.exp()
+    local = [max_C, weight_Cv.sum(dim=1), shifted_Cv.mul_(weight_Cv).sum(dim=1), target_C]
+    max_RC, sum_RC, weighted_RC, target_RC = gather_ranks(torch.stack(local), shard.tp_group).unbind(1)
+    normaliser = combine(max_RC, sum_RC)
+    relative_RC = max_RC - normaliser.max_T - normaliser.logsum_T
+    entropy_C = -(relative_RC.exp() * (weighted_RC + sum_RC * relative_RC)).sum(dim=0)
+    logprob_C = (target_RC.sum(dim=0) - normaliser.max_T) - normaliser.logsum_T
+    return logprob_C, entropy_C, normaliser.max_T, normaliser.logsum_T
+
+
+def label_logprobs(head: LMHead, targets_T: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target token and entropy of each position's distribution, [T] both, in nats.
+
+    Args:
+        head: hidden states [T, H] with this rank's rows [v, H] of the output layer.
+        targets_T: int64 token ids in 0..shard.vocab_size-1.
+        rows: positions in a chunk; chosen by device and vocabulary where None.
+
+    Gradient flows from the log-probabilities into hidden states and output layer, exactly; none from the entropy. It
+    needs the upstream gradient of each position first, so logits are formed once more in the backward. Collectives over
+    ``head.shard.tp_group``: one all-gather of [4, C] a chunk forward; backward one all-reduce of [T, H].
+    """
+    return _LabelLogprobs.apply(head.hidden_TH, head.weight_vH, head, targets_T, rows)
+
+
+@torch.no_grad()
+def expectations(policy: LMHead, others: Sequence[LMHead], rows: int | None = None) -> Tensor:
+    """E_p[log p] and E_p[log q] for each of `others`, p being the policy's distribution: [1 + K, T], in nats.
+
+    Collectives over ``policy.shard.tp_group``: one all-gather of [1 + K, 3, C] a chunk. No gradient.
+    """
+    parts = [
+        expected_logprobs(logits_of(policy, each), [logits_of(head, each) for head in others], policy.shard.tp_group)[0]
+        for each in chunks(policy, rows)
+    ]
+    if not parts:
+        return in_loss_dtype(policy.hidden_TH.new_zeros(1 + len(others), 0))
+    return torch.cat(parts, dim=1)
