@@ -22,7 +22,8 @@ from megatron_aligndistil.config import ParallelConfig, PrecisionConfig, TrainCo
 from megatron_aligndistil.data.batch import MicroBatch, Responses
 from megatron_aligndistil.engine import model as engine_model
 from megatron_aligndistil.engine.checkpoint import load_model, read_architecture
-from megatron_aligndistil.engine.generate import Sampling, generate
+from megatron_aligndistil.engine.completions import Sampling
+from megatron_aligndistil.engine.generate import MegatronSampler
 from megatron_aligndistil.engine.hf import global_parameters
 from megatron_aligndistil.engine.model import build_model, freeze, has_transformer_engine
 from megatron_aligndistil.engine.parallel import parallel_session, process_group
@@ -211,7 +212,8 @@ def test_greedy_generation_follows_transformers(folders, architecture: str) -> N
         chunks = build_model(arch, parallel, PrecisionConfig(dtype="fp32"))
         load_model(chunks, folder, arch, parallel)
         freeze(chunks)
-        found = generate(Model(chunks, arch), prompts, sampling, parallel, batch_size=3)
+        # Two rows for three prompts: the third joins when the first is done.
+        found = MegatronSampler(Model(chunks, arch), parallel, 2, str).generate(prompts, sampling)
     for prompt, completion in zip(prompts, found, strict=True):
         assert completion is not None
         assert len(completion.tokens) == 20 or completion.tokens[-1] == 1
@@ -220,6 +222,21 @@ def test_greedy_generation_follows_transformers(folders, architecture: str) -> N
         behind = logits.max(-1).values - logits.gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
         assert behind.max() < 0.02 * logits.std()
         assert (behind == 0).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("fp8", [None, "hybrid"])
+def test_on_policy_trains(folders, tmp_path: Path, fp8: str | None, ahead: bool) -> None:
+    """Sampling between updates, and in the background; FP8 wants rows and lengths in multiples of 16."""
+    if fp8 and (not engine_model.HAVE_TE or torch.cuda.get_device_capability() < (8, 9)):
+        pytest.skip("FP8 needs Transformer Engine and compute capability 8.9 or higher (Ada, Hopper or later)")
+    algorithm = {"name": "aligndistil", "on_policy": True, **DISTIL}
+    values = configuration(folders["llama-untied"], tmp_path, algorithm, dtype="bf16", fp8=fp8)
+    rollout = {"rollout": {"max_new_tokens": 20, "batch_size": 3, "ahead": ahead}}
+    metrics = trained(merge(values, {**rollout, "optim": {"lr": 2e-4}}))
+    assert [line["rollout/staleness"] for line in metrics] == [0.0] + [float(ahead)] * (STEPS - 1)
+    assert all(0 < line["rollout/length"] <= 20 for line in metrics)
+    assert metrics[-1]["train/policy/loss"] < metrics[0]["train/policy/loss"]
 
 
 def test_checkpoint_loads_and_resumes(folders, tmp_path: Path) -> None:
