@@ -27,7 +27,7 @@ setup(
     packages=find_packages(include=["megatron_aligndistil", "megatron_aligndistil.*"]),
     python_requires=">=3.11,<3.13",
     install_requires=[
-        "torch>=2.6,<2.15",
+        "torch>=2.8,<2.15",
         # Later versions need Python 3.12 and import triton. Bare: the extras pull in packages for GPUs only.
         "megatron-core==0.16.1",
         # megatron-core imports these without declaring them.

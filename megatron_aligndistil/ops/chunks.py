@@ -11,7 +11,7 @@ from megatron_aligndistil.ops.head import LMHead
 from megatron_aligndistil.ops.vocab_parallel import in_loss_dtype
 
 # Logits of one model in one chunk. A CPU's caches like few; a GPU's matrix products want rows enough to be efficient.
-_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+_CPU_ELEMENTS, _GPU_ELEMENTS = 2**21, 2**26
 
 
 def chunks(head: LMHead, rows: int | None = None) -> Iterator[slice]:
@@ -20,7 +20,7 @@ def chunks(head: LMHead, rows: int | None = None) -> Iterator[slice]:
     The same on every rank of the tensor parallel group, whose collectives must agree: it goes by the whole vocabulary.
     """
     if rows is None:
-        elements = _ELEMENTS.get(head.hidden_TH.device.type, _ELEMENTS["cuda"])
+        elements = _CPU_ELEMENTS if head.hidden_TH.is_cpu else _GPU_ELEMENTS
         rows = max(32, elements // head.shard.vocab_size)
     for start in range(0, len(head.hidden_TH), rows):
         yield slice(start, min(start + rows, len(head.hidden_TH)))
@@ -56,7 +56,7 @@ def add_weight_gradient(total_vH: Tensor, grad_Cv: Tensor, hidden_CH: Tensor) ->
     """Add a chunk's gradient of the output layer to `total_vH`, which is of the dtype of loss arithmetic."""
     if hidden_CH.dtype == total_vH.dtype:
         total_vH.addmm_(grad_Cv.T, hidden_CH)
-    elif hidden_CH.is_cuda:  # half-precision factors, products summed in fp32 on tensor cores
-        total_vH += torch.mm(grad_Cv.to(hidden_CH.dtype).T, hidden_CH, out_dtype=total_vH.dtype)
-    else:
+    elif hidden_CH.is_cpu:
         total_vH.addmm_(grad_Cv.T, hidden_CH.to(total_vH.dtype))
+    else:  # half-precision factors, products summed in fp32 on tensor cores
+        total_vH += torch.mm(grad_Cv.to(hidden_CH.dtype).T, hidden_CH, out_dtype=total_vH.dtype)

@@ -86,7 +86,7 @@ def distil(
     [3, C]; backward one all-reduce of [T, H].
     """
     wants_gradient = torch.is_grad_enabled() and (policy.hidden_TH.requires_grad or policy.weight_vH.requires_grad)
-    pass_ = _Pass(policy, dpo, negative, targets_T, weights_T, form, beta0, rows, wants_gradient)
+    pass_ = _Pass((policy, dpo, negative), targets_T, weights_T, form, beta0, rows, wants_gradient)
     return Distilled(*_Distil.apply(policy.hidden_TH, policy.weight_vH, pass_))
 
 
@@ -110,27 +110,23 @@ class _Distil(torch.autograd.Function):
         return hidden_grad_TH, hand_on(weight_grad_vH.mul_(grad), weight_vH, ctx.main_grad_vH), None
 
 
+@dataclass
 class _Pass:
     """One walk over the positions. Suffixes beside the usual ones: K the three models, R the ranks of the group."""
 
-    def __init__(
-        self,
-        policy: LMHead,
-        dpo: LMHead,
-        negative: LMHead,
-        targets_T: Tensor,
-        weights_T: Tensor,
-        form: TeacherForm,
-        beta0: float,
-        rows: int | None,
-        wants_gradient: bool,
-    ) -> None:
-        self.heads = (policy, dpo, negative)
-        self.targets_T, self.form, self.beta0 = targets_T, form, beta0
-        self.rows, self.wants_gradient = rows, wants_gradient
+    heads: tuple[LMHead, LMHead, LMHead]  # policy, dpo, negative
+    targets_T: Tensor
+    weights_T: Tensor
+    form: TeacherForm
+    beta0: float
+    rows: int | None
+    wants_gradient: bool
+
+    def __post_init__(self) -> None:
+        policy = self.heads[0]
         dtype = torch.promote_types(policy.hidden_TH.dtype, torch.float32)
-        self.weights_T = weights_T.to(dtype)
-        if wants_gradient:
+        self.weights_T = self.weights_T.to(dtype)
+        if self.wants_gradient:
             self.hidden_grad_TH = torch.empty_like(policy.hidden_TH, dtype=dtype)
             self.weight_grad_vH = torch.zeros_like(policy.weight_vH, dtype=dtype)
 
