@@ -162,7 +162,7 @@ def _python() -> Finding:
 
 def _torch() -> Finding:
     version = version_of("torch")
-    remedy = "pip install 'torch>=2.6,<2.15'"
+    remedy = "pip install 'torch>=2.8,<2.15'"
     if version is None:
         return Finding("torch", None, "wrong", "everything is computed with it", remedy)
     try:
@@ -172,10 +172,10 @@ def _torch() -> Finding:
         return Finding("torch", version, "wrong", f"its import fails: {message}", "install torch anew")
     version = torch.__version__
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    if not fits(version, ">=2.6"):
-        return Finding("torch", version, "wrong", f"{build}; megatron-core needs 2.6 or later", remedy)
+    if not fits(version, ">=2.8"):
+        return Finding("torch", version, "wrong", f"{build}; the project needs 2.8 or later", remedy)
     if not fits(version, "<2.15"):
-        return Finding("torch", version, "untested", f"{build}; the project is written for 2.6 to 2.14")
+        return Finding("torch", version, "untested", f"{build}; the project is written for 2.8 to 2.14")
     return Finding("torch", version, "ok", build)
 
 
