@@ -26,6 +26,11 @@ class Backend:
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given, so that a clock tells how long that took."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
 
 def select() -> Backend:
     """Take this process's CUDA device if there is one; otherwise make Megatron-Core run on the CPU over gloo.

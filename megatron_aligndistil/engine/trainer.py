@@ -215,6 +215,7 @@ class _Stage:
         batches = [batch.to(self.parallel.backend.device) for batch in rollout.batches]
         sampled = time.perf_counter()
         frozen = self._frozen_outputs(batches)
+        self.parallel.backend.synchronize()
         scored = time.perf_counter()
         metrics: dict[str, float] = {f"rollout/{key}": value for key, value in rollout.metrics.items()}
         for item in self.trained:
@@ -237,7 +238,10 @@ class _Stage:
             "seconds/batch": sampled - began,
             "seconds/frozen": scored - sampled,
             "seconds/update": ended - scored,
+            "update/tokens_per_second": rollout.num_tokens / (ended - scored),
         }
+        if self.frozen:
+            metrics["frozen/tokens_per_second"] = rollout.num_tokens / (scored - sampled)
         if (step + 1) % self.config.run.log_every == 0 or step + 1 == self.num_steps:
             reporter.log(step + 1, metrics)
         shown = "  ".join(
