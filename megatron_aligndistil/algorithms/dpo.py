@@ -48,8 +48,7 @@ class DPO(Algorithm):
 
         Metrics, means over pairs: `accuracy` (share of pairs whose margin is above 0), `margin` and the rewards
         `reward_chosen`, `reward_rejected` (β0 log π_θ/π_ref), and the summed log-probabilities `logps_chosen`,
-        `logps_rejected`. Collectives over the tensor parallel group: one all-gather of [3, T] forward; backward those
-        of ``head.logits``.
+        `logps_rejected`. Collectives: those of :func:`label_logprobs`.
         """
         reference_T = frozen["reference"].logprobs_T
         assert reference_T is not None, "the engine gives what `frozen` asks for"

@@ -44,8 +44,7 @@ class Reinforce(Algorithm):
 
         Metrics: those of :func:`sampled_rewards` for the contrastive reward without the KL; `kl_dpo_sequence`, the
         sampled Σ_t log π_θ/π_dpo in nats a sequence; `entropy` of the policy in nats a token; and `length` in tokens.
-        Collectives over the tensor parallel group: two all-gathers of [3, T] forward; backward those of
-        ``head.logits``.
+        Collectives: those of :func:`label_logprobs`.
         """
         logprobs_T, entropy_T = label_logprobs(head, responses.targets_T)
         dpo_T, reverse_T = frozen["dpo"].logprobs_T, frozen["reverse"].logprobs_T

@@ -26,7 +26,7 @@ class SFT(Algorithm):
         """L = -mean log π_θ(y_t), every response token weighing the same. Counted in tokens.
 
         In nats: perplexity is its exponential.
-        Collectives over the tensor parallel group: one all-gather of [3, T] forward; backward those of ``head.logits``.
+        Collectives: those of :func:`label_logprobs`.
         """
         logprobs_T, _ = label_logprobs(head, responses.targets_T)
         count = responses.lengths_B.sum()

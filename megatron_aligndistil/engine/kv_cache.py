@@ -52,6 +52,8 @@ class KVCache:
             kept.append([layer.self_attention.core_attention for layer in chunk.decoder.layers])
             self._attach(chunk, attentions)
             chunk.eval()
+            if self._parallel.sequence_parallel:
+                set_model_to_sequence_parallel(chunk, False)
         try:
             yield
         finally:
@@ -61,11 +63,10 @@ class KVCache:
                 if self._parallel.sequence_parallel:
                     set_model_to_sequence_parallel(chunk, True)
 
-    def _attach(self, chunk: HiddenStateGPT, attentions: Sequence[Any]) -> None:
+    @staticmethod
+    def _attach(chunk: HiddenStateGPT, attentions: Sequence[Any]) -> None:
         for layer, attention in zip(chunk.decoder.layers, attentions, strict=True):
             layer.self_attention.core_attention = attention
-        if self._parallel.sequence_parallel:
-            set_model_to_sequence_parallel(chunk, False)
 
     def prefill(self, prompts: Sequence[Sequence[int]], first_row: int) -> Tensor:
         """Begin rows first_row.. with these prompts; returns the state after each prompt's last token, [B, H].
@@ -90,7 +91,8 @@ class KVCache:
         num_rows = len(lengths)
         padding = -num_rows % self._multiple  # rows not in use
         positions_B1 = torch.tensor([*lengths, *[0] * padding], device=tokens_B.device)[:, None]
-        self._place(slice(0, num_rows + padding), positions_B1, max(lengths) + 1, is_prefill=False)
+        rows_B = torch.arange(num_rows + padding, device=tokens_B.device)
+        self._place(rows_B, positions_B1, max(lengths) + 1, is_prefill=False)
         tokens_B1 = torch.cat([tokens_B, tokens_B.new_zeros(padding)])[:, None]
         return self._forward(tokens_B1)[0, :num_rows]
 
@@ -100,7 +102,7 @@ class KVCache:
             for cache in (attention.key_BGSD, attention.value_BGSD):
                 cache[target, :, :length] = cache[source, :, :length]
 
-    def _place(self, rows: slice, positions_BS: Tensor, length: int, *, is_prefill: bool) -> None:
+    def _place(self, rows: slice | Tensor, positions_BS: Tensor, length: int, *, is_prefill: bool) -> None:
         """Say where the tokens of the next forward pass belong; `length` of the longest row, with them."""
         self.rows, self.positions_BS, self.length, self.is_prefill = rows, positions_BS, length, is_prefill
         # As Megatron's: both halves of a head turn by the same angles, rounded to the model's dtype.
@@ -167,9 +169,8 @@ class _CachedAttention(torch.nn.Module):
                 enable_gqa=num_heads != num_groups,
             )
             return output_BNSD.permute(2, 0, 1, 3).reshape(length, num_rows, num_heads * head_dim)
-        row_B = torch.arange(num_rows, device=key_SBGD.device)
-        self.key_BGSD[row_B, :, cache.positions_BS[:, 0]] = key_SBGD[0]
-        self.value_BGSD[row_B, :, cache.positions_BS[:, 0]] = value_SBGD[0]
+        self.key_BGSD[cache.rows, :, cache.positions_BS[:, 0]] = key_SBGD[0]
+        self.value_BGSD[cache.rows, :, cache.positions_BS[:, 0]] = value_SBGD[0]
         # The query heads of one group stand where a sequence of queries would: nothing is repeated.
         output_BGRD = scaled_dot_product_attention(
             query_SBND[0].view(num_rows, num_groups, num_heads // num_groups, head_dim),

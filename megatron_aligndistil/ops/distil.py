@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from megatron_aligndistil.ops.chunks import add_weight_gradient, chunks, hand_on, hidden_gradient, logits_of
 from megatron_aligndistil.ops.collectives import gather_ranks, sum_ranks
 from megatron_aligndistil.ops.head import LMHead
-from megatron_aligndistil.ops.vocab_parallel import columns, combine
+from megatron_aligndistil.ops.vocab_parallel import columns, combine, combine_expected
 
 
 @dataclass(frozen=True)
@@ -149,17 +149,10 @@ class _Pass:
         sums_KC = torch.stack([exp_Cv.sum(dim=1) for exp_Cv in exps])
         dots_KC = torch.stack([_dot(exps[0], logits_Cv) for logits_Cv in logits])
         peaks_RKC, sums_RKC, dots_RKC = gather_ranks(torch.stack([peaks_KC, sums_KC, dots_KC]), group).unbind(1)
-        models = [combine(peaks_RKC[:, k], sums_RKC[:, k]) for k in range(3)]
-        policy, dpo, negative = models
+        expected_KC, models = combine_expected(peaks_RKC, sums_RKC, dots_RKC)
         # What brings this rank's relative logits to log-probabilities, and the policy's exponentials to probabilities.
         offsets_KC = torch.stack([peaks_KC[k] - n.max_T - n.logsum_T for k, n in enumerate(models)])
-        share_RC = (peaks_RKC[:, 0] - policy.max_T - policy.logsum_T).exp()
-        expected_KC = torch.stack(
-            [
-                (share_RC * (dots_RKC[:, k] + sums_RKC[:, 0] * (peaks_RKC[:, k] - n.max_T - n.logsum_T))).sum(dim=0)
-                for k, n in enumerate(models)
-            ]
-        )
+        share_RC = (peaks_RKC[:, 0] - models[0].max_T - models[0].logsum_T).exp()
         sampled = [self._sampled(logits[k], offsets_KC[k], rows) for k in (1, 2)]
         distance_C = _distance(exps[1], exps[2], offsets_KC[1:].exp())
         tvd_C, *sampled = sum_ranks(torch.stack([distance_C, *sampled]), group).unbind()

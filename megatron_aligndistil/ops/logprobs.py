@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from megatron_aligndistil.ops.chunks import add_weight_gradient, chunks, hand_on, hidden_gradient, logits_of
 from megatron_aligndistil.ops.collectives import gather_ranks, sum_ranks
 from megatron_aligndistil.ops.head import LMHead
-from megatron_aligndistil.ops.vocab_parallel import columns, combine, expected_logprobs, in_loss_dtype, shift
+from megatron_aligndistil.ops.vocab_parallel import columns, combine_expected, expected_logprobs, in_loss_dtype, shift
 
 
 class _LabelLogprobs(torch.autograd.Function):
@@ -63,11 +63,9 @@ def _forward_chunk(head: LMHead, targets_T: Tensor, rows: slice) -> tuple[Tensor
     weight_Cv = shifted_Cv.exp()
     local = [max_C, weight_Cv.sum(dim=1), shifted_Cv.mul_(weight_Cv).sum(dim=1), target_C]
     max_RC, sum_RC, weighted_RC, target_RC = gather_ranks(torch.stack(local), shard.tp_group).unbind(1)
-    normaliser = combine(max_RC, sum_RC)
-    relative_RC = max_RC - normaliser.max_T - normaliser.logsum_T
-    entropy_C = -(relative_RC.exp() * (weighted_RC + sum_RC * relative_RC)).sum(dim=0)
+    (expected_C,), (normaliser,) = combine_expected(max_RC[:, None], sum_RC[:, None], weighted_RC[:, None])
     logprob_C = (target_RC.sum(dim=0) - normaliser.max_T) - normaliser.logsum_T
-    return logprob_C, entropy_C, normaliser.max_T, normaliser.logsum_T
+    return logprob_C, -expected_C, normaliser.max_T, normaliser.logsum_T
 
 
 def label_logprobs(head: LMHead, targets_T: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:

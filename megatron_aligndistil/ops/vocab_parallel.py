@@ -94,7 +94,16 @@ def expected_logprobs(
         local.append(torch.stack([max_T, shifted_Tv.exp().sum(dim=1), (weight_Tv * shifted_Tv).sum(dim=1)]))
     max_RKT, sum_RKT, weighted_RKT = gather_ranks(torch.stack(local), tp_group).unbind(dim=2)
 
-    found = [combine(max_RKT[:, k], sum_RKT[:, k]) for k in range(len(local))]
+    return combine_expected(max_RKT, sum_RKT, weighted_RKT)
+
+
+def combine_expected(max_RKT: Tensor, sum_RKT: Tensor, weighted_RKT: Tensor) -> tuple[Tensor, list[Normaliser]]:
+    """What :func:`expected_logprobs` returns, from each rank's part of it; the policy is the first of the K models.
+
+    Of each rank and model, [R, K, T]: the largest logit, the sum of exp(logit - that), and Σ e·u, with e = exp(logit -
+    largest) of the policy and u = logit - largest of the model. No collectives.
+    """
+    found = [combine(max_RKT[:, k], sum_RKT[:, k]) for k in range(max_RKT.size(1))]
     policy_sum_RT = sum_RKT[:, 0]
     share_RT = (max_RKT[:, 0] - found[0].max_T - found[0].logsum_T).exp()
     expected = [
