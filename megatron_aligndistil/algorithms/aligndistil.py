@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput, sampled_rewards
+from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput, Need, sampled_rewards
 from megatron_aligndistil.config import Section
 from megatron_aligndistil.data.batch import Responses
 from megatron_aligndistil.ops.distil import Distilled, TeacherForm, distil
@@ -51,7 +51,7 @@ class AlignDistil(Algorithm):
         return "reference" if self.config.teacher.startswith("vanilla") else "reverse"
 
     @property
-    def frozen(self) -> Mapping[str, Literal["logprobs", "distribution"]]:
+    def frozen(self) -> Mapping[str, Need]:
         return {"dpo": "distribution", self.negative: "distribution"}
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -13,18 +13,33 @@ from megatron_aligndistil.config import Section
 from megatron_aligndistil.data.batch import Responses
 from megatron_aligndistil.ops.head import LMHead
 
+Need = Literal["logprobs", "distribution", "values", "score"]
+HeadKind = Literal["lm", "values", "score"]
+
 
 @dataclass(frozen=True)
 class Frozen:
-    """What a frozen model says about a micro-batch. Which part is present is the algorithm's declaration.
+    """What a model says about a micro-batch, without gradient. Which part is present is the algorithm's declaration.
 
     Attributes:
-        head: whole distributions ("distribution"), without gradient; None where only log-probabilities were asked for.
+        head: whole distributions ("distribution").
         logprobs_T: log-probability of each response token, in nats ("logprobs").
+        values_T: a scalar model's number at each position ("values").
+        score_B: a scalar model's number at each row's last token ("score").
     """
 
     head: LMHead | None = None
     logprobs_T: Tensor | None = None
+    values_T: Tensor | None = None
+    score_B: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A micro-batch's responses and what the models that the algorithm names in `frozen` say about them."""
+
+    responses: Responses
+    frozen: Mapping[str, Frozen]
 
 
 @dataclass(frozen=True)
@@ -62,12 +77,14 @@ class Algorithm(ABC):
         name: what `algorithm.name` says in a configuration.
         Config: its settings, with published defaults.
         data: "responses" for single responses, "pairs" for preference pairs, "prompts" for prompts that the policy
-            answers itself at each step (on-policy).
+            answers itself at each step (on-policy), "unpaired" for single responses rated 1 or 0.
+        mismatched: whether `prepare` needs prompts with the responses of other prompts too.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[Section]]
-    data: Literal["responses", "pairs", "prompts"]
+    data: Literal["responses", "pairs", "prompts", "unpaired"]
+    mismatched: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         """`config` is an instance of this class's Config."""
@@ -78,9 +95,25 @@ class Algorithm(ABC):
         """Names of the models that are trained together on the same batches, all from `models.policy`."""
         return ("policy",)
 
+    def head(self, model: str) -> HeadKind:
+        """What a trained model ends in: an output layer over the vocabulary ("lm"), or one row.
+
+        With one row, `loss` is given a `ScalarHead` at response positions ("values"), or at the last token of
+        each row ("score").
+        """
+        return "lm"
+
     @property
-    def frozen(self) -> Mapping[str, Literal["logprobs", "distribution"]]:
-        """Frozen models by name ("reference", "dpo", "reverse") and what is needed of each."""
+    def learning_rates(self) -> Mapping[str, float]:
+        """Peak learning rates of trained models that do not use `optim.lr`."""
+        return {}
+
+    @property
+    def frozen(self) -> Mapping[str, Need]:
+        """Models without gradient by name ("reference", "dpo", "reverse", "reward") and what is needed of each.
+
+        The name of a trained model asks for what that model says before the update.
+        """
         return {}
 
     @property
@@ -91,9 +124,24 @@ class Algorithm(ABC):
         """
         return False
 
+    def prepare(
+        self, batches: Sequence[Scored], mismatched: Sequence[Scored], total: Callable[[Tensor], Tensor]
+    ) -> Sequence[Mapping[str, Tensor]]:
+        """What the loss needs of the whole global batch: `responses.prepared` of each of this rank's micro-batches.
+
+        Runs on the last pipeline stage before any loss of the step.
+
+        Args:
+            batches: this data parallel rank's micro-batches, in order.
+            mismatched: the same prompts, each with the response of another row of the global batch, where the
+                algorithm asks for them.
+            total: sums a tensor over data parallel ranks.
+        """
+        return [{} for _ in batches]
+
     @abstractmethod
-    def loss(self, model: str, head: LMHead, responses: Responses, frozen: Mapping[str, Frozen]) -> LossOutput:
-        """The loss of the trained model named `model` on one micro-batch.
+    def loss(self, model: str, head: Any, responses: Responses, frozen: Mapping[str, Frozen]) -> LossOutput:
+        """The loss of the trained model named `model` on one micro-batch; `head` is an LMHead, or a ScalarHead.
 
         Runs on the last pipeline stage, on every tensor parallel rank alike; may issue collectives only on
         ``head.shard.tp_group``. Must give the same total however a batch is cut into micro-batches.

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput
+from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput, Need
 from megatron_aligndistil.config import Section
 from megatron_aligndistil.data.batch import Responses
 from megatron_aligndistil.ops.head import LMHead
@@ -36,7 +36,7 @@ class DPO(Algorithm):
         return {"forward": ("dpo",), "reverse": ("reverse",), "both": ("dpo", "reverse")}[self.config.direction]
 
     @property
-    def frozen(self) -> Mapping[str, Literal["logprobs", "distribution"]]:
+    def frozen(self) -> Mapping[str, Need]:
         return {"reference": "logprobs"}
 
     def loss(self, model: str, head: LMHead, responses: Responses, frozen: Mapping[str, Frozen]) -> LossOutput:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput, sampled_rewards
+from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput, Need, sampled_rewards
 from megatron_aligndistil.config import Section
 from megatron_aligndistil.data.batch import Responses
 from megatron_aligndistil.ops.head import LMHead
@@ -32,7 +32,7 @@ class Reinforce(Algorithm):
     config: ReinforceConfig
 
     @property
-    def frozen(self) -> Mapping[str, Literal["logprobs", "distribution"]]:
+    def frozen(self) -> Mapping[str, Need]:
         return {"dpo": "logprobs", "reverse": "logprobs"}
 
     def loss(self, model: str, head: LMHead, responses: Responses, frozen: Mapping[str, Frozen]) -> LossOutput:

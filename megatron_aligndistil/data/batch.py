@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,11 +22,18 @@ class Responses:
         targets_T: int64, the token that each position predicts.
         rows_T: int64, the row in 0..B-1 that each position belongs to.
         lengths_B: int64, the number of positions |y| of each row; 0 marks a filler row, which counts for nothing.
+        ratings_B: fp32, a number that rates each response (see :class:`~megatron_aligndistil.data.tokens.Row`), NaN
+            where there is none.
+        sampled_T: fp32, the log-probability of each target when it was sampled, in nats, NaN where it was not.
+        prepared: what an algorithm's `prepare` has found for this micro-batch.
     """
 
     targets_T: Tensor
     rows_T: Tensor
     lengths_B: Tensor
+    ratings_B: Tensor | None = None
+    sampled_T: Tensor | None = None
+    prepared: Mapping[str, Tensor] = field(default_factory=dict)
 
     def sum_rows(self, values_T: Tensor) -> Tensor:
         """Sum a value per position over each row: [T] -> [B]. Differentiable; no collectives."""
@@ -56,5 +64,22 @@ class MicroBatch:
         return MicroBatch(
             self.tokens_BS.to(device, non_blocking=True),
             self.positions_T.to(device, non_blocking=True),
-            Responses(r.targets_T.to(device), r.rows_T.to(device), r.lengths_B.to(device)),
+            replace(
+                r,
+                targets_T=r.targets_T.to(device),
+                rows_T=r.rows_T.to(device),
+                lengths_B=r.lengths_B.to(device),
+                ratings_B=None if r.ratings_B is None else r.ratings_B.to(device),
+                sampled_T=None if r.sampled_T is None else r.sampled_T.to(device),
+            ),
         )
+
+    @property
+    def ends_B(self) -> Tensor:
+        """int64, index into the flattened B·S grid of each row's last token; of a filler row, its first place.
+
+        It is one place after the state that predicts that token.
+        """
+        num_rows, length = self.tokens_BS.shape
+        ends_B = torch.arange(num_rows, device=self.tokens_BS.device) * length
+        return ends_B.scatter_reduce(0, self.responses.rows_T, self.positions_T + 1, "amax")

@@ -32,12 +32,15 @@ def collate(examples: Sequence[Example], *, length: int, pad_id: int, shifted_ma
     # One column more than S, so that the last state of a full row has a target too (of the shifted mask).
     tokens_BS1 = np.full((len(rows), length + 1), pad_id, dtype=np.int64)
     lengths_B = np.array([row.num_targets for row in rows], dtype=np.int64)
-    position_lists, row_lists = [], []
+    ratings_B = np.array([np.nan if row.rating is None else row.rating for row in rows], dtype=np.float32)
+    position_lists, row_lists, sampled_lists = [], [], []
     for index, row in enumerate(rows):
         tokens_BS1[index, : len(row.tokens)] = row.tokens
         stop = len(row.tokens) if shifted_mask else len(row.tokens) - 1
         position_lists.append(np.arange(stop - lengths_B[index], stop))
         row_lists.append(np.full(lengths_B[index], index))
+        sampled = np.full(lengths_B[index], np.nan) if row.logprobs is None else row.logprobs
+        sampled_lists.append(sampled[len(sampled) - lengths_B[index] :].astype(np.float32))
     columns_T = np.concatenate(position_lists).astype(np.int64)
     rows_T = np.concatenate(row_lists).astype(np.int64)
     return MicroBatch(
@@ -47,6 +50,8 @@ def collate(examples: Sequence[Example], *, length: int, pad_id: int, shifted_ma
             targets_T=torch.from_numpy(tokens_BS1[rows_T, columns_T + 1]),
             rows_T=torch.from_numpy(rows_T),
             lengths_B=torch.from_numpy(lengths_B),
+            ratings_B=torch.from_numpy(ratings_B),
+            sampled_T=torch.from_numpy(np.concatenate(sampled_lists)),
         ),
     )
 

@@ -22,10 +22,15 @@ class Row:
     Attributes:
         tokens: int32 [n], the prompt's tokens, then the response's, the one that ends it included.
         prompt_length: how many of them are the prompt.
+        rating: a number that rates the response, if there is one: 1 (desirable) or 0 in unpaired data, what a reward
+            function says of a sampled response.
+        logprobs: float32, one a response token: its log-probability when it was sampled, in nats, if it was.
     """
 
     tokens: NDArray[np.int32]
     prompt_length: int
+    rating: float | None = None
+    logprobs: NDArray[np.float32] | None = None
 
     @property
     def num_targets(self) -> int:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_aligndistil.algorithms.base import Frozen, LossOutput
+from megatron_aligndistil.algorithms.base import Frozen, LossOutput, Need
 from megatron_aligndistil.data.batch import MicroBatch, Responses
 from megatron_aligndistil.engine.model import lm_head
 from megatron_aligndistil.engine.parallel import Parallel
@@ -21,7 +21,6 @@ from megatron_aligndistil.models.architecture import Architecture
 from megatron_aligndistil.ops.head import LMHead
 from megatron_aligndistil.ops.logprobs import label_logprobs
 
-Need = Literal["logprobs", "distribution"]
 LossFunction = Callable[[LMHead, Responses, Mapping[str, Frozen]], LossOutput]
 
 

@@ -71,3 +71,25 @@ class LMHead:
         """
         hidden_TH = _CopyToGroup.apply(self.hidden_TH, self.shard.tp_group)
         return torch.nn.functional.linear(hidden_TH, self.weight_vH)
+
+
+@dataclass(frozen=True)
+class ScalarHead:
+    """Hidden states together with an output layer of one row: a value, or a score, at each position.
+
+    Attributes:
+        hidden_TH: final hidden states, the same on every rank of the tensor parallel group.
+        weight_1H: the output layer, whole on every rank.
+    """
+
+    hidden_TH: Tensor
+    weight_1H: Tensor
+
+    def values(self) -> Tensor:
+        """The number at each position, [T], in the dtype of loss arithmetic (fp32 at least).
+
+        Gradient flows into hidden states and weight, the same on every rank of the tensor parallel group; no
+        collectives.
+        """
+        dtype = torch.promote_types(self.hidden_TH.dtype, torch.float32)
+        return self.hidden_TH.to(dtype) @ self.weight_1H[0].to(dtype)
