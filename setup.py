@@ -51,7 +51,20 @@ setup(
         "nemo": ["nemo-toolkit"],
         "wandb": ["wandb"],
         "serve": SERVE,
-        "dev": [*SERVE, "openai", "pytest>=8", "hypothesis>=6", "ruff>=0.17,<0.18", "mypy>=2,<3", "types-PyYAML"],
+        "dev": [
+            *SERVE,
+            "openai",
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.17,<0.18",
+            "mypy>=2,<3",
+            "types-PyYAML",
+            # Software that tests and benchmarks compare with.
+            "trl>=1.16,<2",
+            "liger-kernel>=0.8,<0.9",
+            # For its interpreter, where torch is a CPU build. Not pinned further: CUDA builds of torch bring their own.
+            "triton>=3.4; sys_platform == 'linux'",
+        ],
     },
     entry_points={"console_scripts": ["aligndistil = megatron_aligndistil.__main__:main"]},
 )

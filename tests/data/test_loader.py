@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_aligndistil.data.batch import MicroBatch
 from megatron_aligndistil.data.dataset import TokenDataset
 from megatron_aligndistil.data.loader import GlobalBatches, collate
-from megatron_aligndistil.data.tokens import make_row
+from megatron_aligndistil.data.tokens import Row, make_row
 from megatron_aligndistil.errors import ConfigError
 
 PAD = 0
@@ -43,8 +44,19 @@ def test_a_micro_batch_worked_by_hand():
     assert batch.responses.targets_T.tolist() == [9, 2, 6, 2]
     assert batch.responses.rows_T.tolist() == [0, 0, 1, 1]
     assert batch.responses.lengths_B.tolist() == [2, 2, 0]
-    for tensor in (batch.tokens_BS, batch.positions_T, *vars(batch.responses).values()):
+    assert batch.ends_B.tolist() == [3, 7, 10]
+    responses = batch.responses
+    for tensor in (batch.tokens_BS, batch.positions_T, responses.targets_T, responses.rows_T, responses.lengths_B):
         assert tensor.dtype == torch.int64 and tensor.is_contiguous()
+    assert responses.ratings_B.isnan().all() and responses.sampled_T.isnan().all()
+
+
+def test_a_row_brings_its_rating_and_the_log_probabilities_it_was_sampled_with():
+    sampled = Row(np.array([7, 8, 9, 2], np.int32), 2, rating=1.5, logprobs=np.array([-0.5, -0.25], np.float32))
+    bare = Row(np.array([5, 6, 2], np.int32), 0, rating=0.0, logprobs=np.array([-4, -2, -1], np.float32))
+    responses = collate([(sampled,), (bare,)], length=4, pad_id=PAD).responses
+    assert responses.ratings_B.tolist() == [1.5, 0.0]
+    assert responses.sampled_T.tolist() == [-0.5, -0.25, -2, -1]  # no state predicts the first of a bare text
 
 
 def test_the_shifted_mask_is_one_position_late():
