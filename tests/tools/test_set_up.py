@@ -42,11 +42,11 @@ def test_everything_the_project_asks_for_is_pinned() -> None:
     pinned = {HELD_VERSIONS["normalise"](name) for name in re.findall(r"^([\w.-]+)==\S+$", text, re.MULTILINE)}
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     core = re.search(r"install_requires=\[(.*?)\n    \]", setup, re.DOTALL)
-    dev = re.search(r'"dev": \[(.*?)\]', setup)
+    dev = re.search(r'"dev": \[(.*?)\n        \]', setup, re.DOTALL)
     assert core and dev
     asked = {name.lower() for name in re.findall(r'"([A-Za-z][\w-]*)', core.group(1) + dev.group(1))}
     assert {"torch", "megatron-core", "pytest"} <= asked
-    assert asked - pinned == set()
+    assert asked - pinned == {"triton"}, "of which each CUDA build of torch brings its own version"
     assert "+" not in "".join(line for line in text.splitlines() if line.startswith("torch"))
 
 
