@@ -16,14 +16,48 @@ from torch.autograd.function import once_differentiable
 
 from megatron_aligndistil.ops.collectives import gather_ranks, sum_ranks
 from megatron_aligndistil.ops.head import VocabShard
-from megatron_aligndistil.ops.vocab_parallel import (
-    Normaliser,
-    columns,
-    combine,
-    expected_logprobs,
-    in_loss_dtype,
-    shift,
-)
+from megatron_aligndistil.ops.vocab_parallel import Normaliser, columns, combine, combine_expected, in_loss_dtype
+
+
+def shift(logits_Tv: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits relative to the largest of this rank, [T, v] <= 0, and that largest logit, [T].
+
+    An empty shard's largest logit is the lowest finite number: its weight exp(max - global max) is then exactly 0.
+    """
+    logits_Tv = in_loss_dtype(logits_Tv)
+    if logits_Tv.size(1) == 0:
+        return logits_Tv, logits_Tv.new_full((logits_Tv.size(0),), torch.finfo(logits_Tv.dtype).min)
+    max_T = logits_Tv.amax(dim=1)
+    return logits_Tv - max_T[:, None], max_T
+
+
+@torch.no_grad()
+def expected_logprobs(
+    policy_logits_Tv: Tensor, others: Sequence[Tensor], tp_group: dist.ProcessGroup | None
+) -> tuple[Tensor, list[Normaliser]]:
+    """E_p[log p] and E_p[log q] for each of `others`, p being the policy's distribution at each position.
+
+    KL(p || q) is the first row less q's row; minus the first row is the policy's entropy. No gradient.
+
+    Args:
+        policy_logits_Tv: this rank's columns of the policy's logits.
+        others: the same columns of other models' logits, each [T, v].
+
+    Returns:
+        Expectations [1 + len(others), T] in nats, the policy's own first, and the normalisers in the same order.
+        Collectives: one all-gather of [1 + len(others), 3, T] over `tp_group`.
+    """
+    # With e = exp(z - m_r) of the policy on rank r, p is e times the rank's share exp(m_r - M) / Z; and with shifted
+    # logits u = z' - m'_r of any model, its log-probability is u + (m'_r - M' - log Z'). Sums of e and e·u suffice.
+    shifted_Tv, max_T = shift(policy_logits_Tv)
+    weight_Tv = shifted_Tv.exp()
+    local = [torch.stack([max_T, weight_Tv.sum(dim=1), (weight_Tv * shifted_Tv).sum(dim=1)])]
+    for logits_Tv in others:
+        shifted_Tv, max_T = shift(logits_Tv)
+        local.append(torch.stack([max_T, shifted_Tv.exp().sum(dim=1), (weight_Tv * shifted_Tv).sum(dim=1)]))
+    max_RKT, sum_RKT, weighted_RKT = gather_ranks(torch.stack(local), tp_group).unbind(dim=2)
+
+    return combine_expected(max_RKT, sum_RKT, weighted_RKT)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ import matplotlib
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.variants import VARIANTS
+from benchmarks.variants import SINGLE_PROCESS, VARIANTS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -57,11 +57,11 @@ def main() -> None:
         for case in cases:
             for variant in VARIANTS:
                 progress.update(task, description=f"{variant} {describe(case)}")
-                if variant != "authors" or case["tp"] == 1:  # the authors' code knows one process
+                if variant not in SINGLE_PROCESS or case["tp"] == 1:
                     results.append(measure(case, variant, arguments.cuda, arguments.repetitions))
                 progress.advance(task)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine(arguments.cuda), "results": results}
+    report = {"machine": machine(arguments.cuda), "cuda": arguments.cuda, "results": results}
     (arguments.out / "loss.json").write_text(json.dumps(report, indent=1) + "\n")
     (arguments.out / "loss.md").write_text(markdown(report))
     plot(results, arguments.out / "loss.png")
@@ -102,57 +102,84 @@ def describe(case: dict[str, Any]) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """A table of every measurement, with ratios to the composed version of the same case."""
+    """A table of every measurement, with ratios to the composed version and to the bare products of the same case."""
     lines = [
-        "# The loss: fused, composed, and the authors' formulas",
+        "# The loss: fused, composed, the authors' formulas, and Liger's nearest",
         "",
         f"Loss and gradient of one micro-batch (adaptive teacher, r 10) on {report['machine']}.",
-        "Time: median of the repetitions after a warm-up. Memory: peak beyond the inputs, gradients included.",
-        "Collectives: calls and bytes that one rank sends in one repetition.",
         "",
-        "| size | variant | seconds | of composed | peak MiB | of composed | collectives | MiB sent | loss |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "- **Time**: median of the repetitions after a warm-up. `products`: the five matrix products and nothing else.",
+        "- **Memory**: peak beyond inputs and gradients. **Traffic**: bytes that operations read and write.",
+        "- **Collectives**: calls, and what one rank sends, in one repetition.",
+        "- **liger**: reverse KL from one teacher with two output layers, so less work, and another loss.",
+        *(["- **Floor**: the products, and each of the three logits once through memory in bf16."] * report["cuda"]),
+        "",
+        "| size | variant | seconds | of composed | of products | peak MiB | of composed | traffic GiB | collectives | "
+        "MiB sent | loss |" + " of floor |" * report["cuda"],
+        "| --- | --- |" + " ---: |" * (9 + report["cuda"]),
     ]
-    composed = {describe(r): r for r in report["results"] if r["variant"] == "composed" and "failed" not in r}
-    for result in report["results"]:
-        if "failed" in result:
-            lines.append(f"| {describe(result)} | {result['variant']} | failed: {result['failed']} | | | | | | |")
-            continue
-        seconds, peak = statistics.median(result["seconds"]), result["peak_bytes"]
-        base = composed.get(describe(result))
-        ratios = ("–", "–")
-        if base is not None:
-            ratios = (f"{seconds / statistics.median(base['seconds']):.2f}", f"{peak / base['peak_bytes']:.2f}")
-        calls, sent = result["collectives"]["calls"], result["collectives"]["bytes"] / 2**20
-        lines.append(
-            f"| {describe(result)} | {result['variant']} | {seconds:.3f} | {ratios[0]} | {peak / 2**20:,.0f} | "
-            f"{ratios[1]} | {calls} | {sent:.2f} | {result['loss']:.6f} |"
-        )
+    for case in dict.fromkeys(describe(result) for result in report["results"]):
+        mine = {result["variant"]: result for result in report["results"] if describe(result) == case}
+        lines += [_row(case, result, mine, report["cuda"]) for result in mine.values()]
     return "\n".join([*lines, "", "![Time and memory](loss.png)", ""])
+
+
+def _row(case: str, result: dict[str, Any], of_case: dict[str, Any], cuda: bool) -> str:
+    if "failed" in result:
+        return f"| {case} | {result['variant']} | failed: {result['failed']} |" + " |" * (8 + cuda)
+    composed, products = (of_case.get(name, {}) for name in ("composed", "products"))
+    cells = [
+        case,
+        result["variant"],
+        f"{seconds(result):.4f}",
+        _ratio(seconds(result), seconds(composed)),
+        _ratio(seconds(result), seconds(products)),
+        f"{result['peak_bytes'] / 2**20:,.0f}",
+        _ratio(result["peak_bytes"], composed.get("peak_bytes")),
+        f"{result['traffic_bytes'] / 2**30:.2f}",
+        str(result["collectives"]["calls"]),
+        f"{result['collectives']['bytes'] / 2**20:.2f}",
+        "–" if result["variant"] == "products" else f"{result['loss']:.6f}",
+    ]
+    if cuda:
+        once = 3 * result["T"] * result["V"] * 2 / result["bandwidth"]
+        floor = seconds(products)
+        cells.append(_ratio(seconds(result), None if floor is None else floor + once))
+    return f"| {' | '.join(cells)} |"
+
+
+def seconds(result: dict[str, Any]) -> float | None:
+    """The median time of a measurement, if it succeeded."""
+    return statistics.median(result["seconds"]) if "seconds" in result else None
+
+
+def _ratio(value: float | None, base: float | None) -> str:
+    return "–" if value is None or not base else f"{value / base:.2f}"
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Bars of time and peak memory by case, one colour a variant."""
     measured = [result for result in results if "failed" not in result]
     cases = list(dict.fromkeys(describe(result) for result in measured))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.6 * len(cases) + 1.6), sharey=True)
-    colours = dict(zip(VARIANTS, ("#0072B2", "#E69F00", "#999999"), strict=True))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.8 * len(cases) + 1.6), sharey=True)
+    colours = dict(zip(VARIANTS, ("#0072B2", "#E69F00", "#999999", "#009E73", "#DDDDDD"), strict=True))
+    width = 0.8 / len(VARIANTS)
     values = {
-        "seconds": lambda result: statistics.median(result["seconds"]),
-        "peak MiB beyond inputs": lambda result: result["peak_bytes"] / 2**20,
+        "seconds": seconds,
+        "peak MiB beyond inputs and gradients": lambda result: result["peak_bytes"] / 2**20,
     }
     for axis, (label, value) in zip(axes, values.items(), strict=True):
         for index, variant in enumerate(VARIANTS):
             mine = [result for result in measured if result["variant"] == variant]
-            heights = [cases.index(describe(result)) + 0.27 * (index - 1) for result in mine]
-            axis.barh(heights, [value(result) for result in mine], 0.25, label=variant, color=colours[variant])
+            heights = [cases.index(describe(result)) + width * (index - (len(VARIANTS) - 1) / 2) for result in mine]
+            axis.barh(heights, [value(result) for result in mine], width, label=variant, color=colours[variant])
         axis.set_xscale("log")
         axis.set_xlabel(label)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(cases)), cases)
     axes[0].invert_yaxis()
-    axes[1].legend()
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=len(VARIANTS), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(path, dpi=120)
 
 

@@ -1,7 +1,7 @@
 """One measurement of the benchmark, in processes of its own: `python -m benchmarks.measure '{"variant": ..., ...}'`.
 
-Prints one JSON object: seconds of each repetition, peak memory beyond the inputs, collectives of one repetition, and
-the loss with the norms of its gradients, which have to agree between variants.
+Prints one JSON object: seconds of each repetition, peak memory beyond inputs and gradients, collectives and memory
+traffic of one repetition, and the loss with the norms of its gradients, which have to agree between variants.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.traffic import Traffic
 from benchmarks.variants import VARIANTS, Inputs
 from megatron_aligndistil.ops.head import LMHead, VocabShard
 
@@ -36,23 +37,35 @@ def main() -> None:
     inputs = make_inputs(case, tp, device)
     run = VARIANTS[case["variant"]]
     counted = _count_collectives()
-    seconds = []
-    for repetition in range(case["repetitions"] + 1):  # the first one warms up and measures memory
-        inputs.policy.hidden_TH.grad = inputs.policy.weight_vH.grad = None
-        if repetition == 0:
-            memory = _Memory(device)
-        _synchronise(device)
-        began = time.perf_counter()
+    trained = inputs.policy.hidden_TH, inputs.policy.weight_vH
+
+    def once() -> float:
+        for tensor in trained:
+            tensor.grad = None
         loss = run(inputs)
         loss.backward()
         _synchronise(device)
-        seconds.append(time.perf_counter() - began)
-        if repetition == 0:
-            peak, collectives = memory.peak_bytes(), dict(counted)
+        return loss.item()
+
+    memory = _Memory(device)
+    result: dict[str, Any] = {"loss": once()}  # warms up too
+    gradients = [tensor.grad for tensor in trained if tensor.grad is not None]
+    result["peak_bytes"] = memory.peak_bytes() - sum(grad.numel() * grad.element_size() for grad in gradients)
+    result["gradient_norms"] = [float(grad.double().norm()) for grad in gradients]
+    result["collectives"] = dict(counted)
+    result["seconds"] = []
+    for _ in range(case["repetitions"]):
+        _synchronise(device)
+        began = time.perf_counter()
+        once()
+        result["seconds"].append(time.perf_counter() - began)
+    with Traffic() as traffic:
+        once()
+    result["traffic_bytes"] = traffic.num_bytes
+    if case["cuda"]:
+        result["bandwidth"] = _bandwidth(device)
     if int(os.environ.get("RANK", "0")) == 0:
-        grads = [_norm(inputs.policy.hidden_TH), _norm(inputs.policy.weight_vH)]
-        result = {"seconds": seconds[1:], "peak_bytes": peak, "collectives": collectives, "loss": loss.item()}
-        print(json.dumps(result | {"gradient_norms": grads}))
+        print(json.dumps(result))
     if tp > 1:
         dist.destroy_process_group()
 
@@ -127,9 +140,17 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _norm(tensor: Tensor) -> float:
-    assert tensor.grad is not None
-    return float(tensor.grad.double().norm())
+def _bandwidth(device: torch.device) -> float:
+    """Bytes a second that a copy reads and writes."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    _synchronise(device)
+    began = time.perf_counter()
+    for _ in range(10):
+        target.copy_(source)
+    _synchronise(device)
+    return 10 * 2 * source.numel() / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

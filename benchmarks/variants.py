@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.composed import compose_teacher, reverse_kl
+from benchmarks.composed import compose_teacher, expected_logprobs, reverse_kl
+from megatron_aligndistil.ops.chunks import add_weight_gradient, chunks, hidden_gradient, logits_of
 from megatron_aligndistil.ops.distil import TeacherForm, distil
 from megatron_aligndistil.ops.head import LMHead
-from megatron_aligndistil.ops.vocab_parallel import expected_logprobs
 
 BETA0, RATE, OFFSET = 0.1, 10.0, 1e-3
 
@@ -62,4 +62,43 @@ def authors(inputs: Inputs) -> Tensor:
     return (inputs.weights_T * BETA0 / weight_T1[:, 0] * divergence_T).sum()
 
 
-VARIANTS: dict[str, Callable[[Inputs], Tensor]] = {"fused": fused, "composed": composed, "authors": authors}
+def liger(inputs: Inputs) -> Tensor:
+    """Liger's fused linear reverse KL from the dpo model alone, the nearest that it offers.
+
+    Two output layers of three, no TVD, no extrapolation, no metrics: less work than the others, and another loss. Its
+    Triton kernel on a GPU; its chunked version in plain torch on a CPU.
+    """
+    hidden_TH, weight_vH = inputs.policy.hidden_TH, inputs.policy.weight_vH
+    teacher = inputs.dpo.hidden_TH, inputs.dpo.weight_vH
+    if hidden_TH.is_cuda:
+        from liger_kernel.transformers import LigerFusedLinearJSD
+
+        return LigerFusedLinearJSD(jsd_beta=1.0)(hidden_TH, weight_vH, *teacher)
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False)
+    return loss(hidden_TH, weight_vH, *teacher, inputs.targets_T)
+
+
+def products(inputs: Inputs) -> Tensor:
+    """Nothing but the five matrix products, in the fused operation's chunks: no version can be faster."""
+    heads = inputs.policy, inputs.dpo, inputs.negative
+    hidden_TH, weight_vH = inputs.policy.hidden_TH.detach(), inputs.policy.weight_vH.detach()
+    weight_grad_vH = torch.zeros_like(weight_vH, dtype=torch.float32)
+    with torch.no_grad():
+        for rows in chunks(inputs.policy):
+            grad_Cv, *_ = [logits_of(head, rows) for head in heads]
+            grad_Cv = grad_Cv.to(weight_vH.dtype)
+            hidden_gradient(grad_Cv, weight_vH)
+            add_weight_gradient(weight_grad_vH, grad_Cv, hidden_TH[rows])
+    return (0.0 * inputs.policy.hidden_TH[0, 0]).float()
+
+
+VARIANTS: dict[str, Callable[[Inputs], Tensor]] = {
+    "fused": fused,
+    "composed": composed,
+    "authors": authors,
+    "liger": liger,
+    "products": products,
+}
+SINGLE_PROCESS = ("authors", "liger")

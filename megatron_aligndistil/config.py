@@ -35,6 +35,10 @@ class ModelsConfig(Section):
     """Frozen DPO model (AlignDistil)."""
     reverse: str | None = None
     """Frozen reverse DPO model (AlignDistil)."""
+    reward: str | None = None
+    """Frozen reward model, a sequence classification checkpoint; where one is trained, what it starts from."""
+    critic: str | None = None
+    """What the critic starts from; the reward model, or the policy's own checkpoint, when not given."""
     init: Literal["pretrained", "scratch"] = "pretrained"
     """`scratch` draws random weights for the policy and needs only config.json and a tokenizer."""
 
@@ -129,6 +133,9 @@ class RolloutConfig(Section):
     """Share of each global batch that the policy samples; the rest are the records' own responses (GKD's λ)."""
     mask_truncated: bool = False
     """Leave responses that reached `max_new_tokens` out of the loss."""
+    reward: str | None = None
+    """Python function that rates responses, as package.module:function or path/to/file.py:function. It is called once a
+    rollout with the keywords `prompts` and `completions`, lists of texts, and returns a number for each."""
 
 
 class RunConfig(Section):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check a conversion: are all tensors the same, bit for bit, and do our logits equal those of transformers?
+"""Check a conversion: are all tensors the same, bit for bit, and do our logits (or scores) equal transformers'?
 
     tools/verify_conversion.py HF_FOLDER CHECKPOINT [--tolerance 1e-4]
 
@@ -14,9 +14,10 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_aligndistil.config import ParallelConfig, PrecisionConfig
@@ -36,15 +37,15 @@ def different_tensors(first: Path, second: Path) -> list[str]:
     one, other = HFFolder(first), HFFolder(second)
     return [
         name
-        for name in hf_tensors(read_architecture(first))
+        for name in hf_tensors(read_architecture(first, "any"))
         if not torch.equal(one.get(name)[...].view(torch.uint8), other.get(name)[...].view(torch.uint8))
     ]
 
 
 def largest_difference(hf_folder: Path, checkpoint: Path) -> float:
-    """Largest absolute difference between our fp32 logits and transformers' on 2 x 64 random tokens."""
+    """Largest absolute difference between our fp32 logits (or scores) and transformers' on 2 x 64 random tokens."""
     with parallel_session(ParallelConfig()) as parallel:
-        arch = read_architecture(checkpoint)
+        arch = read_architecture(checkpoint, "any")
         chunks = build_model(arch, parallel, PrecisionConfig(dtype="fp32"))
         load_model(chunks, checkpoint, arch, parallel)
         freeze(chunks)
@@ -52,19 +53,23 @@ def largest_difference(hf_folder: Path, checkpoint: Path) -> float:
         positions_T = torch.arange(tokens_BS.numel())
         responses = Responses(tokens_BS.flatten(), positions_T // 64, torch.tensor([64, 64]))
         batch = MicroBatch(tokens_BS, positions_T, responses).to(parallel.backend.device)
-        (frozen,) = frozen_outputs(Model(chunks, arch), "distribution", [batch], parallel)
-        assert frozen.head is not None
-        ours_TV = frozen.head.logits().cpu()
+        scalar = arch.head == "scalar"
+        (frozen,) = frozen_outputs(Model(chunks, arch), "values" if scalar else "distribution", [batch], parallel)
+        ours = frozen.values_T if frozen.head is None else frozen.head.logits()
+        assert ours is not None
     disable_progress_bar()
-    reference = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32).eval()
+    kind: Any = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    reference = kind.from_pretrained(hf_folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        return float((reference(tokens_BS).logits.flatten(0, 1) - ours_TV).abs().max())
+        output_layer = reference.score if scalar else reference.lm_head
+        theirs = output_layer(reference.model(tokens_BS).last_hidden_state).flatten(0, 1)
+    return float((theirs.view_as(ours) - ours.cpu()).abs().max())
 
 
 def write_back(checkpoint: Path, target: Path) -> None:
     """Load the checkpoint in the dtype it is stored in, and write it as a Hugging Face folder."""
     with parallel_session(ParallelConfig()) as parallel:
-        arch = read_architecture(checkpoint)
+        arch = read_architecture(checkpoint, "any")
         chunks = build_model(arch, parallel, PrecisionConfig(dtype=stored_dtype(checkpoint)))
         load_model(chunks, checkpoint, arch, parallel)
         save_folder(chunks, arch, description_folder(checkpoint), target, parallel=parallel)

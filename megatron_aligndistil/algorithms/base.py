@@ -36,7 +36,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Scored:
-    """A micro-batch's responses and what the models that the algorithm names in `frozen` say about them."""
+    """A micro-batch's responses and what models without gradient say about them."""
 
     responses: Responses
     frozen: Mapping[str, Frozen]
@@ -78,13 +78,11 @@ class Algorithm(ABC):
         Config: its settings, with published defaults.
         data: "responses" for single responses, "pairs" for preference pairs, "prompts" for prompts that the policy
             answers itself at each step (on-policy), "unpaired" for single responses rated 1 or 0.
-        mismatched: whether `prepare` needs prompts with the responses of other prompts too.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[Section]]
     data: Literal["responses", "pairs", "prompts", "unpaired"]
-    mismatched: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         """`config` is an instance of this class's Config."""
@@ -92,7 +90,10 @@ class Algorithm(ABC):
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """Names of the models that are trained together on the same batches, all from `models.policy`."""
+        """Names of the models that are trained together on the same batches.
+
+        Language models start from `models.policy`; those that end in one row from `models.<name>` where that is set.
+        """
         return ("policy",)
 
     def head(self, model: str) -> HeadKind:
@@ -117,6 +118,20 @@ class Algorithm(ABC):
         return {}
 
     @property
+    def mismatched(self) -> Mapping[str, Need]:
+        """Models without gradient whose word on mismatched rows `prepare` needs, and what of it; none by default.
+
+        They are run on the mismatched rows only, whatever `frozen` says: a trained model (before the update) or one
+        that `frozen` names.
+        """
+        return {}
+
+    @property
+    def rated(self) -> bool:
+        """Whether a function has to rate what the policy samples (`rollout.reward`), into `responses.ratings_B`."""
+        return False
+
+    @property
     def shifted_mask(self) -> bool:
         """Whether the data layer marks the response positions one state late, as the authors' published code does.
 
@@ -132,9 +147,9 @@ class Algorithm(ABC):
         Runs on the last pipeline stage before any loss of the step.
 
         Args:
-            batches: this data parallel rank's micro-batches, in order.
-            mismatched: the same prompts, each with the response of another row of the global batch, where the
-                algorithm asks for them.
+            batches: this data parallel rank's micro-batches, in order, with what the models in `frozen` say.
+            mismatched: the same prompts, each with the response of another row of the global batch, with what the
+                models in `mismatched` say; empty where that names none.
             total: sums a tensor over data parallel ranks.
         """
         return [{} for _ in batches]

@@ -52,13 +52,13 @@ def convert(config: ConvertConfig) -> None:
     from megatron_aligndistil.engine.model import build_model
     from megatron_aligndistil.engine.parallel import parallel_session
 
-    arch = checkpoint.read_architecture(config.source)
+    arch = checkpoint.read_architecture(config.source, "any")
     dtype = stored_dtype(config.source) if config.dtype == "keep" else config.dtype
     with parallel_session(config.parallel) as parallel:
         chunks = build_model(arch, parallel, PrecisionConfig(dtype=dtype))
         checkpoint.load_model(chunks, config.source, arch, parallel)
         if config.to == "megatron":
-            checkpoint.save_model(chunks, Path(config.out), config.source)
+            checkpoint.save_model(chunks, Path(config.out), config.source, arch)
         else:
             description = checkpoint.description_folder(config.source)
             save_folder(

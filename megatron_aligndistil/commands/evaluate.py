@@ -16,8 +16,9 @@ from megatron_aligndistil.errors import ConfigError
 _USAGE = """usage: aligndistil evaluate --measure accuracy|kl --data FILE --models.NAME PATH ... [--out FILE.json]
                             [--nproc N] [--KEY VALUE ...]
 
-accuracy: how often each implicit reward prefers the chosen response of a pair. With a reference: log(policy/reference),
-          log(dpo/reference), log(reference/reverse); with dpo and reverse: the contrastive reward log(dpo/reverse).
+accuracy: how often each reward prefers the chosen response of a pair. With a reference: log(policy/reference),
+          log(dpo/reference), log(reference/reverse); with dpo and reverse: the contrastive reward log(dpo/reverse);
+          with a reward model: its score.
 kl:       KL of the policy from each other model, summed over a response, with entropy and length, on the
           responses of FILE (such as `aligndistil generate` writes).
 """
@@ -32,6 +33,8 @@ class EvaluatedModels(Section):
     """Checkpoint of the DPO model."""
     reverse: str | None = None
     """Checkpoint of the reverse DPO model."""
+    reward: str | None = None
+    """Checkpoint of a reward model (accuracy only)."""
 
 
 class EvaluateConfig(Section):
@@ -65,13 +68,17 @@ def run(arguments: list[str]) -> int:
 
 
 def check(config: EvaluateConfig) -> None:
-    """Raise ConfigError when too few models are given for the measure."""
+    """Raise ConfigError when the models given are not those that the measure needs."""
     given = {name for name, path in config.models.model_dump().items() if path}
+    if config.measure == "kl" and "reward" in given:
+        raise ConfigError("measure kl compares language models; leave models.reward out")
     if config.measure == "kl" and ("policy" not in given or len(given) < 2):
         raise ConfigError("measure kl needs --models.policy and at least one model to compare it with")
-    if config.measure == "accuracy" and not ({"dpo", "reverse"} <= given or ("reference" in given and len(given) > 1)):
+    enough = "reward" in given or {"dpo", "reverse"} <= given or ("reference" in given and len(given) > 1)
+    if config.measure == "accuracy" and not enough:
         raise ConfigError(
-            "measure accuracy needs --models.reference and another model, or --models.dpo and --models.reverse"
+            "measure accuracy needs --models.reference and another model, --models.dpo and --models.reverse, or "
+            "--models.reward"
         )
 
 
@@ -80,6 +87,7 @@ def evaluate(config: EvaluateConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from megatron_aligndistil.algorithms.base import Need
     from megatron_aligndistil.data.dataset import load_dataset
     from megatron_aligndistil.data.loader import GlobalBatches
     from megatron_aligndistil.data.tokenizer import load_tokenizer, pad_id
@@ -91,7 +99,9 @@ def evaluate(config: EvaluateConfig) -> None:
     from megatron_aligndistil.models.architecture import require_same
 
     paths = {name: path for name, path in config.models.model_dump().items() if path}
-    architectures = {name: checkpoint.read_architecture(path) for name, path in paths.items()}
+    architectures = {
+        name: checkpoint.read_architecture(path, "scalar" if name == "reward" else "lm") for name, path in paths.items()
+    }
     require_same(architectures)
     arch = next(iter(architectures.values()))
     tokenizer = load_tokenizer(checkpoint.description_folder(next(iter(paths.values()))))
@@ -100,11 +110,13 @@ def evaluate(config: EvaluateConfig) -> None:
     with parallel_session(config.parallel) as parallel:
         dataset, report = load_dataset(limits, config.data, tokenizer, "pairs" if accuracy else "responses")
         models = {}
+        needs: dict[str, Need] = {}
         for name, path in paths.items():
-            chunks = build_model(arch, parallel, config.precision)
-            checkpoint.load_model(chunks, path, arch, parallel)
+            chunks = build_model(architectures[name], parallel, config.precision)
+            checkpoint.load_model(chunks, path, architectures[name], parallel)
             freeze(chunks)
-            models[name] = Model(chunks, arch)
+            models[name] = Model(chunks, architectures[name])
+            needs[name] = "score" if name == "reward" else "logprobs" if accuracy else "distribution"
         batches = GlobalBatches(
             dataset,
             # As many micro-batches a step as there are pipeline stages and chunks keeps every stage at work.
@@ -120,7 +132,7 @@ def evaluate(config: EvaluateConfig) -> None:
         with track(f"evaluate {config.measure}", batches.steps_per_epoch, parallel.is_reporter) as advance:
             found = evaluation.evaluate(
                 models,
-                "logprobs" if accuracy else "distribution",
+                needs,
                 evaluation.reward_accuracy if accuracy else evaluation.divergence,
                 batches,
                 parallel,

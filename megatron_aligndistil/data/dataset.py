@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_aligndistil.config import DataConfig
-from megatron_aligndistil.data.forms import Turns, read_turns
+from megatron_aligndistil.data.forms import DataForm, Turns, read_turns
 from megatron_aligndistil.data.records import Record, load_records
 from megatron_aligndistil.data.tokenizer import Tokenizer
 from megatron_aligndistil.data.tokens import Encoder, Row, truncate
 from megatron_aligndistil.errors import DataError
 
 Example = tuple[Row, ...]
-DataForm = Literal["responses", "pairs", "prompts"]
 
 # Records tokenised together: enough for the tokenizer's threads, and little text in memory at once.
 _CHUNK = 1024
@@ -84,7 +82,8 @@ def load_dataset(
         config: lengths, `max_records`, and which response of a pair is learned where `form` is "responses" ("both"
             makes two examples of a pair, the chosen response's first).
         source: what :func:`~megatron_aligndistil.data.records.load_records` reads.
-        form: "responses": (row,); "pairs": (chosen, rejected); "prompts": (row,) that is a prompt only, for generation.
+        form: "responses": (row,); "pairs": (chosen, rejected); "prompts": (row,) that is a prompt only, for generation;
+            "unpaired": (row,) rated 1 or 0, a pair making two examples, the chosen response's first.
 
     Raises DataError where a record cannot be used, naming its place, and where no example is left.
     """
@@ -121,6 +120,8 @@ def _select(record: Record, config: DataConfig, form: DataForm) -> Sequence[Turn
     turns = read_turns(record, form)
     if form == "pairs" or len(turns) == 1:
         return [turns]
+    if form == "unpaired":
+        return [(turn,) for turn in turns]
     chosen, rejected = turns
     return {"chosen": [(chosen,)], "rejected": [(rejected,)], "both": [(chosen,), (rejected,)]}[config.responses]
 

@@ -14,7 +14,8 @@ from megatron_aligndistil.errors import DataError
 
 Values = dict[str, Any]
 Message = dict[str, Any]
-Kind = Literal["pair", "response", "prompt"]
+Kind = Literal["pair", "unpaired", "response", "prompt"]
+DataForm = Literal["responses", "pairs", "prompts", "unpaired"]
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,12 @@ class Turn:
     Attributes:
         prompt: text, or messages; None where the response has no prompt at all.
         response: text, or a message by the assistant; None where there is only a prompt.
+        rating: 1 where the response is desirable, 0 where it is not, None where nothing says.
     """
 
     prompt: str | list[Message] | None
     response: str | Message | None
+    rating: float | None = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class TokenTurn:
 
     prompt: list[int]
     response: list[int] | None
+    rating: float | None = None
 
 
 Turns = tuple[Turn | TokenTurn, ...]
@@ -79,6 +83,18 @@ def _text(values: Values) -> Turns:
     return (Turn(None, values["text"]),)
 
 
+def _labelled(read: Callable[[Values], Turns]) -> Callable[[Values], Turns]:
+    """What `read` reads, rated by the record's label."""
+
+    def read_labelled(values: Values) -> Turns:
+        label = values["label"]
+        if label not in (0, 1):
+            raise DataError(f"'label' is {label!r} and must be true (desirable) or false")
+        return tuple(replace(turn, rating=float(label)) for turn in read(values))
+
+    return read_labelled
+
+
 def _token_prompt(values: Values) -> Turns:
     return (TokenTurn(_tokens(values, "prompt_tokens"), None),)
 
@@ -94,30 +110,38 @@ def _messages_prompt(values: Values) -> Turns:
     return (Turn(messages[:-1] if messages[-1]["role"] == "assistant" else messages, None),)
 
 
+_RESPONSES: list[Form] = [
+    Form(("prompt_tokens", "response_tokens"), "response", _token_response),
+    Form(("prompt", "completion"), "response", lambda values: (_turn(values, "completion"),)),
+    Form(("prompt", "response"), "response", lambda values: (_turn(values, "response"),)),
+    Form(("messages",), "response", _messages_response),
+]
+
 # The first form whose keys a record has is the one it is read by.
 FORMS: list[Form] = [
     Form(("prompt_tokens", "chosen_tokens", "rejected_tokens"), "pair", _token_pair),
     Form(("prompt", "chosen", "rejected"), "pair", _pair),
     Form(("chosen", "rejected"), "pair", _pair),
-    Form(("prompt_tokens", "response_tokens"), "response", _token_response),
-    Form(("prompt", "completion"), "response", lambda values: (_turn(values, "completion"),)),
-    Form(("prompt", "response"), "response", lambda values: (_turn(values, "response"),)),
-    Form(("messages",), "response", _messages_response),
+    *(Form((*form.keys, "label"), "unpaired", _labelled(form.read)) for form in _RESPONSES),
+    *_RESPONSES,
     Form(("text",), "response", _text),
     Form(("prompt_tokens",), "prompt", _token_prompt),
     Form(("prompt",), "prompt", _prompt),
     Form(("messages",), "prompt", _messages_prompt),
 ]
 
-_READABLE: dict[str, tuple[Kind, ...]] = {
+_READABLE: dict[DataForm, tuple[Kind, ...]] = {
     "pairs": ("pair",),
+    "unpaired": ("pair", "unpaired"),
     "responses": ("pair", "response"),
     "prompts": ("pair", "response", "prompt"),
 }
 
 
-def read_turns(record: Record, wanted: Literal["pairs", "responses", "prompts"]) -> Turns:
+def read_turns(record: Record, wanted: DataForm) -> Turns:
     """The turns of a record: (chosen, rejected) of a pair, or one turn; for "prompts" one turn without a response.
+
+    For "unpaired" every turn is rated: by its label, and of a pair the chosen response 1, the rejected one 0.
 
     Raises DataError, naming the place, where the record is in no form that serves, or a value is not what its key
     says.
@@ -132,7 +156,11 @@ def read_turns(record: Record, wanted: Literal["pairs", "responses", "prompts"])
                 turns = form.read(record.values)
             except DataError as error:
                 raise DataError(f"{record.where}, read as {form}: {error}") from None
-            return (replace(turns[0], response=None),) if wanted == "prompts" else turns
+            if wanted == "prompts":
+                return (replace(turns[0], response=None),)
+            if wanted == "unpaired" and form.kind == "pair":
+                return tuple(replace(turn, rating=rating) for turn, rating in zip(turns, (1.0, 0.0), strict=True))
+            return turns
     raise DataError(
         f"{record.where}: a record with the keys {', '.join(map(str, record.values)) or '(none)'} cannot be read as "
         f"{wanted}; known forms: {', '.join(map(str, forms))}"

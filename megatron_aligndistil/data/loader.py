@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from megatron_aligndistil.data.batch import MicroBatch, Responses
 from megatron_aligndistil.data.dataset import Example, TokenDataset
+from megatron_aligndistil.data.mismatched import mismatch
 from megatron_aligndistil.data.tokens import make_row
 from megatron_aligndistil.errors import ConfigError
 
@@ -77,6 +79,7 @@ class GlobalBatches:
             rows of length 0, which count for nothing, so that every rank has equally many micro-batches.
         shifted_mask: see :func:`collate`.
         repeat: how many times in a row an example stands in a global batch (a prompt that is to be answered n times).
+        max_length: the longest row that may be made of a prompt and another's response; None: the longest of `dataset`.
 
     Raises ConfigError where `global_size` cannot be cut so, or the dataset fills no step.
     """
@@ -96,6 +99,7 @@ class GlobalBatches:
         drop_last: bool = True,
         shifted_mask: bool = False,
         repeat: int = 1,
+        max_length: int | None = None,
     ) -> None:
         assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
         if global_size % (micro_size * dp_size):
@@ -128,6 +132,7 @@ class GlobalBatches:
         self._shifted_mask = shifted_mask
         self._orders: dict[int, list[int]] = {}
         self._repeat = repeat
+        self._max_length = max_length
         whole, rest = divmod(len(dataset), self._num_distinct)
         self.steps_per_epoch: int = whole + (1 if rest and not drop_last else 0)
 
@@ -157,6 +162,16 @@ class GlobalBatches:
         """This rank's micro-batches of a step, counted from 0 over all epochs; any step, in any order."""
         return self.cut(self.examples(step))
 
+    def mismatched(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of :meth:`at` with the responses of other prompts, chosen by :func:`mismatch`.
+
+        For examples of one row. As many micro-batches, row for row with the same prompts, but without ratings; their S
+        may be another. Which prompt gets which response depends on the global batch alone, not on how it is cut.
+        """
+        assert self._dataset.rows_per_example == 1, "pairs have no mismatched responses"
+        rows = mismatch([row for (row,) in self.examples(step)], self._max_length or self._longest)
+        return self.cut([(row,) for row in rows])
+
     def cut(self, examples: Sequence[Example]) -> list[MicroBatch]:
         """This rank's micro-batches of a global batch of these examples, filled up where they are fewer."""
         batch = list(examples)
@@ -175,6 +190,10 @@ class GlobalBatches:
             )
             for start in range(first, first + share, self._micro_size)
         ]
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(len(row.tokens) for example in self._dataset for row in example)
 
     def _order(self, epoch: int) -> list[int]:
         if not self._shuffle:

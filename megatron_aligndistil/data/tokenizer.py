@@ -16,13 +16,18 @@ else:
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether there are a tokenizer's files in a folder."""
+    return any((Path(folder) / name).is_file() for name in _FILES)
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer kept in a folder, with its chat template where it has one. Nothing is downloaded.
 
     Raises CheckpointError where the folder holds no tokenizer, or one that transformers cannot read.
     """
     folder = Path(folder).expanduser()
-    if not any((folder / name).is_file() for name in _FILES):
+    if not has_tokenizer(folder):
         what = "holds no tokenizer" if folder.is_dir() else "is no folder"
         raise CheckpointError(
             f"{folder} {what}; a tokenizer is {_FILES[0]} with {_FILES[2]}, beside the model's weights"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -46,7 +46,10 @@ def make_row(prompt: Sequence[int], response: Sequence[int]) -> Row:
 def truncate(row: Row, *, max_prompt_length: int, max_length: int) -> Row:
     """`row` within its limits: a longer prompt loses its beginning, a longer response its end, and nothing is added."""
     start = max(row.prompt_length - max_prompt_length, 0)
-    return Row(row.tokens[start : start + max_length], min(row.prompt_length - start, max_length))
+    tokens = row.tokens[start : start + max_length]
+    prompt_length = min(row.prompt_length - start, max_length)
+    logprobs = None if row.logprobs is None else row.logprobs[: len(tokens) - prompt_length]
+    return Row(tokens, prompt_length, row.rating, logprobs)
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Encoder:
         self._adds_bos = bool(self._bos) and tokenizer("")["input_ids"][:1] == self._bos
 
     def encode(self, turns: Sequence[Turn | TokenTurn], places: Sequence[str]) -> list[Row]:
-        """The row of each turn; a turn without a response gives its prompt alone.
+        """The row of each turn, with its rating; a turn without a response gives its prompt alone.
 
         `places` says for each turn where it was read, for the DataError raised where a template refuses a conversation,
         a token id is outside the vocabulary, or the tokenizer lacks what the turn needs (a template, an end of
@@ -107,9 +110,11 @@ class Encoder:
         rows = []
         for turn, item, where in zip(turns, texts, places, strict=True):
             if isinstance(turn, TokenTurn):
-                rows.append(self._given(turn, where))
-            elif item is not None:
-                rows.append(self._join(item, ids, where) if item.whole is None else self._split(item, ids, where))
+                row = self._given(turn, where)
+            else:
+                assert item is not None
+                row = self._join(item, ids, where) if item.whole is None else self._split(item, ids, where)
+            rows.append(replace(row, rating=turn.rating))
         return rows
 
     def _given(self, turn: TokenTurn, where: str) -> Row:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 
-from megatron_aligndistil.engine.hf import load_weights
+from megatron_aligndistil.engine.hf import draw_score, load_weights
 from megatron_aligndistil.engine.optimiser import Trained
 from megatron_aligndistil.engine.parallel import Parallel, on_first_rank
 from megatron_aligndistil.errors import CheckpointError
@@ -28,6 +28,8 @@ from megatron_aligndistil.models.hf_folder import copy_companions
 
 # Every parameter's optimiser state is saved by itself, so that a checkpoint loads under any layout.
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+_OUTPUT = "output_layer.weight"
 
 
 def is_distributed(path: str | Path) -> bool:
@@ -51,9 +53,23 @@ def description_folder(path: str | Path) -> Path:
     raise CheckpointError(f"{path} is no checkpoint: it has neither config.json nor metadata.json{hint}")
 
 
-def read_architecture(path: str | Path) -> Architecture:
-    """The architecture of a checkpoint in either format."""
-    return Architecture.from_folder(description_folder(path))
+def read_architecture(path: str | Path, expects: Literal["lm", "scalar", "any"] = "lm") -> Architecture:
+    """The architecture of a checkpoint in either format.
+
+    Raises CheckpointError where the model does not end in what the caller `expects`: an output layer over the
+    vocabulary, or one row.
+    """
+    arch = Architecture.from_folder(description_folder(path))
+    if expects == "lm" and arch.head == "scalar":
+        raise CheckpointError(
+            f"{path} is a reward model (sequence classification), and a language model is needed in its place"
+        )
+    if expects == "scalar" and arch.head == "lm":
+        raise CheckpointError(
+            f"{path} is a language model, and a reward model (sequence classification with one label) is needed in its "
+            f"place; `algorithm.name: reward` trains one"
+        )
+    return arch
 
 
 def _sharded_model(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
@@ -70,19 +86,34 @@ def _sharded_model(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     }
 
 
-def load_model(chunks: Sequence[torch.nn.Module], path: str | Path, arch: Architecture, parallel: Parallel) -> None:
-    """Fill this rank's chunks from a Hugging Face folder or a distributed checkpoint saved under any layout."""
+def load_model(
+    chunks: Sequence[torch.nn.Module], path: str | Path, arch: Architecture, parallel: Parallel, seed: int = 0
+) -> None:
+    """Fill this rank's chunks from a Hugging Face folder or a distributed checkpoint saved under any layout.
+
+    A scalar model may take its body from a language model: its one row is then drawn from `seed`.
+    """
     if not is_distributed(path):
-        load_weights(chunks, path, arch, parallel)
+        load_weights(chunks, path, arch, parallel, seed)
         return
-    loaded = _load(_sharded_model(chunks), Path(path))
+    sharded = _sharded_model(chunks)
+    drawn = read_architecture(path, "any").head != arch.head
+    if drawn:
+        assert arch.head == "scalar", "who reads an architecture says what it must be"
+        for state in sharded.values():
+            state.pop(_OUTPUT, None)
+    loaded = _load(sharded, Path(path))
     for index, chunk in enumerate(chunks):
-        _fill(chunk, loaded[f"model{index}"])
+        _fill(chunk, loaded[f"model{index}"], {_OUTPUT} if drawn else set())
+    if drawn:
+        draw_score(chunks, arch, parallel, seed)
 
 
-def _fill(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
+def _fill(chunk: torch.nn.Module, state: dict[str, Any], left_out: set[str] | None = None) -> None:
     result = unwrap_model(chunk).load_state_dict(state, strict=False)
-    missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+    missing = [
+        key for key in result.missing_keys if not key.endswith("_extra_state") and key not in (left_out or set())
+    ]
     if missing or result.unexpected_keys:
         raise CheckpointError(
             f"the checkpoint does not fit the model: missing {missing}, unexpected {result.unexpected_keys}"
@@ -98,29 +129,38 @@ def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read the distributed checkpoint {path}: {error}") from error
 
 
-def save_model(chunks: Sequence[torch.nn.Module], path: Path, source: str | Path) -> None:
+def save_model(chunks: Sequence[torch.nn.Module], path: Path, source: str | Path, arch: Architecture) -> None:
     """Save a model without optimiser in the distributed format, with the description found at `source`."""
-    _save(_sharded_model(chunks), path, description_folder(source), chunks)
+    _save(_sharded_model(chunks), path, description_folder(source), chunks, arch)
 
 
-def _save(sharded: dict[str, Any], path: Path, description: Path, chunks: Sequence[torch.nn.Module]) -> None:
+def _save(
+    sharded: dict[str, Any], path: Path, description: Path, chunks: Sequence[torch.nn.Module], arch: Architecture
+) -> None:
     on_first_rank(partial(path.mkdir, parents=True, exist_ok=True))
     dist_checkpointing.save(sharded, str(path))
 
     def describe() -> None:
         (path / "hf").mkdir(exist_ok=True)
         dtype = next(unwrap_model(chunks[0]).parameters()).dtype
-        copy_companions(description, path / "hf", Architecture.from_folder(description), dtype)
+        copy_companions(description, path / "hf", arch, dtype)
 
     on_first_rank(describe)
 
 
 def save_training(
-    folder: Path, step: int, trained: Sequence[Trained], source: str | Path, keep: int, rollout: Any = None
+    folder: Path,
+    step: int,
+    trained: Sequence[Trained],
+    sources: Mapping[str, str],
+    keep: int,
+    rollout: Any = None,
 ) -> Path:
     """Write ``folder/step_N``, complete or absent, with everything needed to go on; drop all but the newest `keep`.
 
-    `rollout`: what has been sampled for later steps, as JSON can hold it.
+    Arguments:
+        sources: for each model, the checkpoint that has its description.
+        rollout: what has been sampled for later steps, as JSON can hold it.
     """
     final = folder / f"step_{step:06d}"
     unfinished = final.with_suffix(".partial")
@@ -129,7 +169,8 @@ def save_training(
         sharded = _sharded_model(item.model.chunks)
         sharded["optimizer"] = item.optimizer.sharded_state_dict(sharded, metadata=_OPTIMIZER_FORMAT)
         sharded["scheduler"] = item.scheduler.state_dict()
-        _save(sharded, unfinished / item.name, description_folder(source), item.model.chunks)
+        description = description_folder(sources[item.name])
+        _save(sharded, unfinished / item.name, description, item.model.chunks, item.model.arch)
 
     def publish() -> None:
         progress = {"step": step, "models": [item.name for item in trained], "rollout": rollout}

@@ -36,12 +36,14 @@ class Sampling:
 class Completion:
     """One sampled response: its tokens, their log-probabilities at temperature 1 in nats, and why it ended.
 
-    Nothing is forged: a response that reached its length limit ("length") does not end with a stop token.
+    Nothing is forged: a response that reached its length limit ("length") does not end with a stop token. `rating` is
+    what a reward function says of it, where there is one.
     """
 
     tokens: list[int]
     logprobs: list[float]
     finish: Finish
+    rating: float | None = None
 
 
 class Sampler(Protocol):

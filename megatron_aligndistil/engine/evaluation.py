@@ -32,7 +32,7 @@ class Estimate:
 
 def evaluate(
     models: Mapping[str, Model],
-    need: Need,
+    needs: Mapping[str, Need],
     measure: Measure,
     batches: GlobalBatches,
     parallel: Parallel,
@@ -40,13 +40,14 @@ def evaluate(
 ) -> dict[str, Estimate]:
     """Means of `measure` over one epoch of `batches`; empty on stages before the last.
 
-    Runs every model forward only through the pipeline. Collectives beyond the models' own: those of `measure`, and one
-    all-reduce of a few numbers over the data parallel group.
+    `needs` says for each model what `measure` wants of it. Runs every model forward only through the pipeline.
+    Collectives beyond the models' own: those of `measure`, and one all-reduce of a few numbers over the data parallel
+    group.
     """
     totals: dict[str, Tensor] = {}
     for step in range(batches.steps_per_epoch):
         local = [batch.to(parallel.backend.device) for batch in batches.at(step)]
-        outputs = {name: frozen_outputs(model, need, local, parallel) for name, model in models.items()}
+        outputs = {name: frozen_outputs(model, needs[name], local, parallel) for name, model in models.items()}
         if parallel.is_last_stage:
             for name, values in _measure(local, outputs, measure).items():
                 totals[name] = totals.get(name, 0) + torch.stack(
@@ -76,10 +77,11 @@ def _estimate(total: Tensor, parallel: Parallel) -> Estimate:
 
 
 def reward_accuracy(responses: Responses, models: Mapping[str, Frozen]) -> dict[str, Tensor]:
-    """Whether each implicit reward prefers the chosen response of a pair (a tie counts half); needs log-probabilities.
+    """Whether each reward prefers the chosen response of a pair (a tie counts half).
 
-    `<name>_reward` is log π_name − log π_reference (eq. 5) for every model beside the reference, the sign turned for
-    `reverse`; `contrastive_reward` is log π_dpo − log π_reverse (eq. 12).
+    Of language models it needs log-probabilities: `<name>_reward` is log π_name − log π_reference (eq. 5) for every
+    model beside the reference, the sign turned for `reverse`; `contrastive_reward` is log π_dpo − log π_reverse
+    (eq. 12). Of `reward` it needs the score, which is `reward_model`.
     """
     sums = {
         name: responses.sum_rows(frozen.logprobs_T) for name, frozen in models.items() if frozen.logprobs_T is not None
@@ -91,6 +93,8 @@ def reward_accuracy(responses: Responses, models: Mapping[str, Frozen]) -> dict[
     }
     if {"dpo", "reverse"} <= sums.keys():
         rewards["contrastive_reward"] = sums["dpo"] - sums["reverse"]
+    if "reward" in models and (score_B := models["reward"].score_B) is not None:
+        rewards["reward_model"] = score_B
     lengths_2P = responses.lengths_B.view(2, -1)
     real_P = (lengths_2P > 0).all(0)
     found = {}

@@ -6,10 +6,11 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -63,20 +64,30 @@ def stored_dtype(path: str | Path) -> Literal["fp32", "bf16", "fp16"]:
 
 
 @torch.no_grad()
-def load_weights(chunks: Sequence[nn.Module], folder: str | Path, arch: Architecture, parallel: Parallel) -> None:
+def load_weights(
+    chunks: Sequence[nn.Module], folder: str | Path, arch: Architecture, parallel: Parallel, seed: int = 0
+) -> None:
     """Fill this rank's parameters from a Hugging Face folder, reading only its own slices, one parameter at a time.
 
+    A scalar model may take its body from a language model's folder: its one row is then drawn from `seed`.
+
     Values are cast to each parameter's dtype. The last stage's copy of a tied embedding is filled too. No collectives.
-    An
-    optimiser that already exists does not learn of it: its fp32 master weights must be reloaded.
+    An optimiser that already exists does not learn of it: its fp32 master weights must be reloaded.
 
     Raises:
         CheckpointError: the folder has no safetensors, or a tensor is missing, misshapen or not the model's; raised
             before any parameter changes, alike on every rank.
     """
     source = HFFolder(folder)
-    source.check(arch)
-    _fill(chunks, arch, parallel, source.get)
+    described = Architecture.from_folder(folder)
+    if described.head == arch.head:
+        source.check(arch)
+        _fill(chunks, arch, parallel, source.get)
+        return
+    assert arch.head == "scalar", "who reads an architecture says what it must be"
+    source.check(replace(arch, head="lm", tied_embeddings=described.tied_embeddings))
+    drawn = _drawer(arch, seed)
+    _fill(chunks, arch, parallel, lambda name: drawn(name) if name == mapping.SCORE else source.get(name))
 
 
 @torch.no_grad()
@@ -86,6 +97,18 @@ def draw_weights(chunks: Sequence[nn.Module], arch: Architecture, parallel: Para
     Every Hugging Face tensor has a seed of its own, made of `seed` and its name, and each rank keeps its slice of it:
     the model is the same under any layout. No collectives.
     """
+    _fill(chunks, arch, parallel, _drawer(arch, seed))
+
+
+@torch.no_grad()
+def draw_score(chunks: Sequence[nn.Module], arch: Architecture, parallel: Parallel, seed: int) -> None:
+    """Draw the one row of a scalar model as :func:`draw_weights` does, and leave its body."""
+    output = [pair for pair in global_parameters(chunks) if mapping.SCORE in mapping.hf_sources(pair[0], arch)]
+    _fill_these(output, arch, parallel, _drawer(arch, seed))
+
+
+def _drawer(arch: Architecture, seed: int) -> Callable[[str], Tensor]:
+    """Hugging Face name -> the tensor that `seed` gives."""
     shapes = mapping.hf_tensors(arch)
 
     @lru_cache(maxsize=3)  # the fused query, key and value take their rows in turns
@@ -97,11 +120,17 @@ def draw_weights(chunks: Sequence[nn.Module], arch: Architecture, parallel: Para
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return torch.empty(shape).normal_(0.0, arch.init_std, generator=generator)
 
-    _fill(chunks, arch, parallel, get)
+    return get
 
 
-def _fill(chunks: Sequence[nn.Module], arch: Architecture, parallel: Parallel, get) -> None:
-    for name, parameter in global_parameters(chunks):
+def _fill(chunks: Sequence[nn.Module], arch: Architecture, parallel: Parallel, get: Callable[[str], Any]) -> None:
+    _fill_these(global_parameters(chunks), arch, parallel, get)
+
+
+def _fill_these(
+    parameters: Iterable[tuple[str, nn.Parameter]], arch: Architecture, parallel: Parallel, get: Callable[[str], Any]
+) -> None:
+    for name, parameter in parameters:
         shard = mapping.read_shard(name, arch, parallel.tp_rank, parallel.tp, get)
         assert shard.shape == parameter.shape, f"{name}: Megatron has {parameter.shape}, the mapping {shard.shape}"
         parameter.copy_(shard)

@@ -25,7 +25,7 @@ from megatron_aligndistil.config import PrecisionConfig
 from megatron_aligndistil.engine.parallel import Parallel, dtype_of
 from megatron_aligndistil.errors import ConfigError
 from megatron_aligndistil.models.architecture import Architecture
-from megatron_aligndistil.ops.head import LMHead
+from megatron_aligndistil.ops.head import LMHead, ScalarHead
 
 
 class HiddenStateGPT(GPTModel):
@@ -38,10 +38,23 @@ class HiddenStateGPT(GPTModel):
         return hidden_states
 
     def output_weight(self) -> Tensor:
-        """This rank's rows of the output layer, padding rows included: [v_padded, H]."""
+        """This rank's rows of the output layer, padding rows included: [v_padded, H]; [1, H] of a scalar model."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+
+class ScalarOutput(torch.nn.Module):
+    """An output layer of one row, whole on every tensor parallel rank.
+
+    Each rank sees all hidden states, so its gradient is complete and the same on all of them. Megatron's marks for
+    split weights and for sums under sequence parallelism are missing for that reason: the gradient is reduced over data
+    parallel ranks only, and one tensor parallel rank counts it in the norm.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(1, hidden_size))
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -193,7 +206,10 @@ def build_model(
             rotary_base=arch.rope_theta,
             vp_stage=vp_stage,
             pg_collection=groups,
-        ).to(device=parallel.backend.device, dtype=config.params_dtype)
+        )
+        if arch.head == "scalar" and model.post_process:
+            model.output_layer = ScalarOutput(arch.hidden_size)
+        model = model.to(device=parallel.backend.device, dtype=config.params_dtype)
         # Megatron knows one RoPE scaling, with its constants built in; ours comes from the checkpoint's configuration.
         model.rotary_pos_emb.inv_freq = arch.inverse_frequencies().to(parallel.backend.device)
         chunks.append(model)
@@ -208,17 +224,25 @@ def lm_head(
     Under sequence parallelism the rows are gathered first (one all-gather over the tensor parallel group; its backward
     keeps this rank's slice of a gradient that is already the same on every rank).
     """
-    model = unwrap_model(chunk)
+    shard = parallel.vocab_shard(arch.vocab_size, arch.padded_vocab_size(parallel.tp))
+    weight = unwrap_model(chunk).output_weight()
+    # Megatron's buffer of gradients, where the model is being trained.
+    main_grad = getattr(weight, "main_grad", None)
+    hidden_TH = _states_at(positions_T, hidden, parallel)
+    return LMHead(hidden_TH, weight[: shard.size], shard, None if main_grad is None else main_grad[: shard.size])
+
+
+def scalar_head(chunk: torch.nn.Module, hidden: Tensor, positions_T: Tensor, parallel: Parallel) -> ScalarHead:
+    """The numbers of a scalar model at `positions_T`, otherwise as :func:`lm_head`."""
+    return ScalarHead(_states_at(positions_T, hidden, parallel), unwrap_model(chunk).output_weight())
+
+
+def _states_at(positions_T: Tensor, hidden: Tensor, parallel: Parallel) -> Tensor:
     if parallel.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(
             hidden, tensor_parallel_output_grad=False, group=parallel.tp_group
         )
-    hidden_TH = hidden.transpose(0, 1).reshape(-1, hidden.shape[-1]).index_select(0, positions_T)
-    shard = parallel.vocab_shard(arch.vocab_size, arch.padded_vocab_size(parallel.tp))
-    weight = model.output_weight()
-    # Megatron's buffer of gradients, where the model is being trained.
-    main_grad = getattr(weight, "main_grad", None)
-    return LMHead(hidden_TH, weight[: shard.size], shard, None if main_grad is None else main_grad[: shard.size])
+    return hidden.transpose(0, 1).reshape(-1, hidden.shape[-1]).index_select(0, positions_T)
 
 
 def freeze(chunks: Sequence[torch.nn.Module]) -> None:

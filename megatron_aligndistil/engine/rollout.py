@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from statistics import fmean, pstdev
 from typing import Any
+
+import numpy as np
 
 from megatron_aligndistil.config import PrecisionConfig, RolloutConfig
 from megatron_aligndistil.data.batch import MicroBatch
 from megatron_aligndistil.data.dataset import Example
 from megatron_aligndistil.data.loader import GlobalBatches
 from megatron_aligndistil.data.tokenizer import Tokenizer, to_text
-from megatron_aligndistil.data.tokens import make_row, stop_ids
+from megatron_aligndistil.data.tokens import Row, make_row, stop_ids
 from megatron_aligndistil.engine.ahead import AheadSampler
 from megatron_aligndistil.engine.completions import Completion, Sampler, Sampling
 from megatron_aligndistil.engine.generate import MegatronSampler, gather_completions
-from megatron_aligndistil.engine.parallel import Parallel
+from megatron_aligndistil.engine.parallel import Parallel, on_first_rank
+from megatron_aligndistil.engine.reward_function import load_reward_function, rate
 from megatron_aligndistil.engine.schedule import Model
 
 Answer = tuple[list[int], Completion]  # a prompt's tokens, and what was sampled for it
@@ -50,8 +54,13 @@ def make_rollouts(
     seed: int,
     num_steps: int,
 ) -> Rollouts:
-    """The rollouts of a run of `num_steps` optimiser steps, by the very weights being trained."""
+    """The rollouts of a run of `num_steps` optimiser steps, by the very weights being trained.
+
+    Raises ConfigError where `config.reward` names no function.
+    """
     as_text = partial(to_text, tokenizer, skip_special_tokens=False)
+    if config.reward is not None:
+        on_first_rank(_find_reward_function, config.reward)
     return Rollouts(
         MegatronSampler(policy, parallel, config.batch_size, as_text),
         source,
@@ -61,7 +70,18 @@ def make_rollouts(
         seed=seed,
         stop_tokens=stop_ids(tokenizer),
         ahead=AheadSampler(policy, precision, parallel, config.batch_size, as_text) if config.ahead else None,
+        rater=None if config.reward is None else partial(_rate, config.reward, tokenizer),
     )
+
+
+def _find_reward_function(name: str) -> None:
+    load_reward_function(name)
+
+
+def _rate(name: str, tokenizer: Tokenizer, answers: Sequence[Answer]) -> list[float]:
+    """What a reward function says of prompts and responses, as texts without special tokens."""
+    prompts = [to_text(tokenizer, prompt) for prompt, _ in answers]
+    return rate(name, prompts, [to_text(tokenizer, completion.tokens) for _, completion in answers])
 
 
 class Rollouts:
@@ -76,6 +96,7 @@ class Rollouts:
         sampler: answers prompts with the policy as it is.
         ahead: where given, answers those of the next rollout in the background, so that all rollouts but the first are
             sampled with weights one rollout older.
+        rater: rates the responses of a rollout; called on the first rank alone, once all of them are there.
     """
 
     def __init__(
@@ -89,9 +110,11 @@ class Rollouts:
         seed: int,
         stop_tokens: frozenset[int],
         ahead: AheadSampler | None = None,
+        rater: Callable[[Sequence[Answer]], list[float]] | None = None,
     ) -> None:
         self._sampler, self._source, self._config, self._parallel = sampler, source, config, parallel
         self._num_steps, self._seed, self._stop_tokens, self._ahead = num_steps, seed, stop_tokens, ahead
+        self._rater = rater
         self._rollouts: dict[int, Rollout] = {}
         self._started: int | None = None  # the first step of the rollout that is being sampled in the background
         self._waiting: _Sampled | None = None  # the same once it has been waited for
@@ -99,7 +122,8 @@ class Rollouts:
     def at(self, step: int) -> Rollout:
         """The global batch of a step, counted from 0; steps are asked for in order, from the first of a rollout.
 
-        Collectives: those of generation, and one object gather of the samples over the data parallel group.
+        Collectives: those of generation, one object gather of the samples over the data parallel group, and, where they
+        are rated, one object broadcast over the world.
         """
         if step not in self._rollouts:
             assert step % self._config.updates == 0, "checkpoints are kept between rollouts only"
@@ -153,15 +177,24 @@ class Rollouts:
     def _sample(self, first: int) -> _Sampled:
         began = time.perf_counter()
         mine = self._sampler.generate(self._prompts(first), self._sampling(first))
-        return _Sampled(gather_completions(mine, self._parallel), time.perf_counter() - began, 0)
+        completions = gather_completions(mine, self._parallel)
+        seconds = time.perf_counter() - began
+        return _Sampled(self._rated(first, completions), seconds, 0)
+
+    def _rated(self, first: int, completions: list[Completion]) -> list[Completion]:
+        if self._rater is None or not completions:
+            return completions
+        ratings = on_first_rank(self._rater, list(zip(self._prompts(first), completions, strict=True)))
+        return [replace(each, rating=rating) for each, rating in zip(completions, ratings, strict=True)]
 
     def _finished(self, *, keep: bool = False) -> _Sampled:
         """What was sampled in the background."""
         sampled = self._waiting
         if sampled is None:
-            assert self._ahead is not None, "it has started"
+            assert self._ahead is not None and self._started is not None, "it has started"
             mine, seconds = self._ahead.finish()
-            sampled = _Sampled(gather_completions(mine, self._parallel), seconds, self._config.updates)
+            completions = self._rated(self._started, gather_completions(mine, self._parallel))
+            sampled = _Sampled(completions, seconds, self._config.updates)
         self._waiting = sampled if keep else None
         if not keep:
             self._started = None
@@ -179,7 +212,7 @@ class Rollouts:
             metrics: dict[str, float] = {}
             if mine:
                 staleness = float(sampled.staleness + place)
-                metrics = _metrics(mine) | {"staleness": staleness, "tokens_per_second": tokens_per_second}
+                metrics = answer_metrics(mine) | {"staleness": staleness, "tokens_per_second": tokens_per_second}
             num_tokens = sum(len(row.tokens) for (row,) in rows)
             rollouts[step] = Rollout(self._source.cut(rows), num_tokens, metrics, mine)
         return rollouts
@@ -195,15 +228,28 @@ class _Sampled:
 
 
 def _example(prompt: list[int], completion: Completion, mask_truncated: bool) -> Example:
-    """A response cut at the limit is used as it is: no end of sequence is forged; or it counts for nothing."""
+    """The row of a response, with its rating and the log-probabilities that it was sampled with.
+
+    These are of the whole distribution at temperature 1, whatever `temperature`, `top_k` and `top_p` are. A response
+    cut at the limit is used as it is: no end of sequence is forged; or it counts for nothing.
+    """
     if mask_truncated and completion.finish == "length":
         return (make_row([], []),)
-    return (make_row(prompt, completion.tokens),)
+    row = make_row(prompt, completion.tokens)
+    logprobs = np.asarray(completion.logprobs, dtype=np.float32)
+    return (Row(row.tokens, row.prompt_length, rating=completion.rating, logprobs=logprobs),)
 
 
-def _metrics(answers: Sequence[Answer]) -> dict[str, float]:
-    """`length`: response tokens, mean; `truncated`: share of responses cut at the limit."""
-    return {
-        "length": sum(len(completion.tokens) for _, completion in answers) / len(answers),
-        "truncated": sum(completion.finish == "length" for _, completion in answers) / len(answers),
+def answer_metrics(answers: Sequence[Answer]) -> dict[str, float]:
+    """`length`: response tokens, mean; `truncated`: share of responses cut at the limit. Empty where there are none.
+
+    Where responses are rated, `reward` and `reward_std`: mean and standard deviation of what the function says.
+    """
+    if not answers:
+        return {}
+    metrics = {
+        "length": fmean(len(completion.tokens) for _, completion in answers),
+        "truncated": fmean(completion.finish == "length" for _, completion in answers),
     }
+    ratings = [completion.rating for _, completion in answers if completion.rating is not None]
+    return metrics | {"reward": fmean(ratings), "reward_std": pstdev(ratings)} if ratings else metrics

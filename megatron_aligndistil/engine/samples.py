@@ -24,4 +24,6 @@ def write_samples(path: Path, answers: Iterable[Answer], tokenizer: Tokenizer) -
 def _part(number: int, prompt: Sequence[int], completion: Completion, tokenizer: Tokenizer) -> str:
     ending = "ended by itself" if completion.finish == "stop" else "cut at the limit"
     head = f"=== {number} · {len(completion.tokens)} tokens, {ending}, log π {math.fsum(completion.logprobs):.1f} nats"
+    if completion.rating is not None:
+        head += f", reward {completion.rating:.3g}"
     return f"{head}\n--- prompt\n{to_text(tokenizer, prompt)}\n--- response\n{to_text(tokenizer, completion.tokens)}\n"

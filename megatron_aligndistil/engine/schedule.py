@@ -12,16 +12,16 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_aligndistil.algorithms.base import Frozen, LossOutput, Need
+from megatron_aligndistil.algorithms.base import Frozen, HeadKind, LossOutput, Need
 from megatron_aligndistil.data.batch import MicroBatch, Responses
-from megatron_aligndistil.engine.model import lm_head
+from megatron_aligndistil.engine.model import lm_head, scalar_head
 from megatron_aligndistil.engine.parallel import Parallel
 from megatron_aligndistil.errors import ConfigError
 from megatron_aligndistil.models.architecture import Architecture
-from megatron_aligndistil.ops.head import LMHead
+from megatron_aligndistil.ops.head import LMHead, ScalarHead
 from megatron_aligndistil.ops.logprobs import label_logprobs
 
-LossFunction = Callable[[LMHead, Responses, Mapping[str, Frozen]], LossOutput]
+LossFunction = Callable[[Any, Responses, Mapping[str, Frozen]], LossOutput]
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,16 @@ def _run(
 
 @torch.no_grad()
 def frozen_outputs(model: Model, need: Need, batches: Sequence[MicroBatch], parallel: Parallel) -> list[Frozen]:
-    """What a frozen model says about each micro-batch: hidden states at response positions, or log-probabilities.
+    """What a model says about each micro-batch without gradient; see :class:`Frozen` for what that may be.
 
     Runs forward only through the pipeline. On stages before the last, the entries are empty.
     """
 
     def on_output(chunk, batch: MicroBatch, _extra, hidden: Tensor, non_loss_data: bool = True) -> Frozen:
+        if need == "values":
+            return Frozen(values_T=scalar_head(chunk, hidden, batch.positions_T, parallel).values())
+        if need == "score":
+            return Frozen(score_B=scalar_head(chunk, hidden, batch.ends_B, parallel).values())
         head = lm_head(chunk, hidden, batch.positions_T, model.arch, parallel)
         if need == "distribution":
             return Frozen(head=LMHead(head.hidden_TH.detach(), head.weight_vH.detach(), head.shard))
@@ -104,15 +108,22 @@ def losses(
     parallel: Parallel,
     *,
     backward: bool,
+    kind: HeadKind = "lm",
 ) -> list[LossOutput]:
     """The loss of every micro-batch, with gradients accumulated into the model when `backward`.
 
+    `kind` is the head that `loss` is given: see :meth:`~megatron_aligndistil.algorithms.base.Algorithm.head`.
     Gradients are summed over micro-batches; Megatron's finalisation divides them by the count of the global batch.
     Returns detached outputs, on the last stage only.
     """
 
     def on_output(chunk, batch: MicroBatch, extra: Mapping[str, Frozen], hidden: Tensor):
-        output = loss(lm_head(chunk, hidden, batch.positions_T, model.arch, parallel), batch.responses, extra)
+        head: LMHead | ScalarHead
+        if kind == "lm":
+            head = lm_head(chunk, hidden, batch.positions_T, model.arch, parallel)
+        else:
+            head = scalar_head(chunk, hidden, batch.ends_B if kind == "score" else batch.positions_T, parallel)
+        output = loss(head, batch.responses, extra)
         reported = LossOutput(output.loss_sum.detach(), output.count, output.metrics)
         # A fresh tensor: the schedule may divide what it is given in place.
         return output.loss_sum.clone(), output.count.to(torch.int), reported

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from megatron_aligndistil import algorithms
 from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput
 from megatron_aligndistil.config import RolloutConfig, TrainConfig
-from megatron_aligndistil.data.batch import MicroBatch, Responses
+from megatron_aligndistil.data.batch import MicroBatch
 from megatron_aligndistil.data.dataset import load_dataset
 from megatron_aligndistil.data.loader import GlobalBatches
 from megatron_aligndistil.data.tokenizer import load_tokenizer, pad_id
@@ -22,13 +23,13 @@ from megatron_aligndistil.engine.hf import draw_weights, save_folder
 from megatron_aligndistil.engine.model import build_model, check_fits, freeze, transformer_config
 from megatron_aligndistil.engine.optimiser import Trained, make_trained
 from megatron_aligndistil.engine.parallel import Parallel, on_first_rank, parallel_session
+from megatron_aligndistil.engine.preparation import prepare
 from megatron_aligndistil.engine.reporter import Reporter
-from megatron_aligndistil.engine.rollout import Answer, Rollout, Rollouts, make_rollouts
+from megatron_aligndistil.engine.rollout import Answer, Rollout, Rollouts, answer_metrics, make_rollouts
 from megatron_aligndistil.engine.samples import write_samples
-from megatron_aligndistil.engine.schedule import Model, check_microbatches, frozen_outputs, losses, reduce_metrics
+from megatron_aligndistil.engine.schedule import Model, check_microbatches, losses, reduce_metrics
+from megatron_aligndistil.engine.sources import Source, find_sources
 from megatron_aligndistil.errors import AlignDistilError, ConfigError
-from megatron_aligndistil.models.architecture import Architecture, require_same
-from megatron_aligndistil.ops.head import LMHead
 
 
 def train(config: TrainConfig) -> None:
@@ -46,10 +47,12 @@ def train(config: TrainConfig) -> None:
         raise ConfigError(
             "run.wandb needs the package wandb, which is not installed; install it, or leave run.wandb out"
         )
-    sources = _sources(config, algorithm)
-    architectures = {name: checkpoint.read_architecture(path) for name, path in sources.items()}
-    require_same(architectures)
-    arch = architectures["policy"]
+    if algorithm.rated and config.rollout.reward is None:
+        raise ConfigError(
+            f"{algorithm.name} is to be rewarded by a function; name it in rollout.reward, as in rewards.py:helpfulness"
+        )
+    sources = find_sources(config.models, algorithm)
+    arch = sources[algorithm.trained[0]].arch
     with parallel_session(config.parallel) as parallel:
         folder = Path(config.run.dir)
         on_first_rank(run_folder.check_free, folder, config, algorithm)
@@ -60,7 +63,7 @@ def train(config: TrainConfig) -> None:
         # What cannot be built is told before the data are read.
         check_fits(arch, parallel)
         transformer_config(arch, parallel, config.precision, config.run.recompute)
-        stage = _Stage(config, algorithm, sources, arch, parallel)
+        stage = _Stage(config, algorithm, sources, parallel)
         # Not earlier: a run that cannot begin leaves no configuration behind that would forbid the mended one.
         on_first_rank(run_folder.claim, folder, config, algorithm)
         stage.run(folder)
@@ -70,19 +73,6 @@ def train(config: TrainConfig) -> None:
             print(f"wrote {', '.join(str(folder / name) for name in algorithm.trained)}", flush=True)
 
 
-def _sources(config: TrainConfig, algorithm: Algorithm) -> dict[str, str]:
-    """Where each model that the algorithm needs comes from."""
-    sources = {"policy": config.models.policy}
-    for name in algorithm.frozen:
-        path = getattr(config.models, name) or (config.models.policy if name == "reference" else None)
-        if path is None:
-            raise ConfigError(f"{algorithm.name} needs a frozen {name} model; set models.{name} to its checkpoint")
-        if name == "reference" and config.models.init == "scratch" and config.models.reference is None:
-            raise ConfigError("a policy drawn from scratch is no reference; set models.reference")
-        sources[name] = path
-    return sources
-
-
 class _Stage:
     """The models, data and loop of one run."""
 
@@ -90,12 +80,12 @@ class _Stage:
         self,
         config: TrainConfig,
         algorithm: Algorithm,
-        sources: Mapping[str, str],
-        arch: Architecture,
+        sources: Mapping[str, Source],
         parallel: Parallel,
     ) -> None:
-        self.config, self.algorithm, self.sources, self.arch, self.parallel = config, algorithm, sources, arch, parallel
-        self.tokenizer = load_tokenizer(checkpoint.description_folder(sources["policy"]))
+        self.config, self.algorithm, self.sources, self.parallel = config, algorithm, sources, parallel
+        self.arch = sources[algorithm.trained[0]].arch
+        self.tokenizer = load_tokenizer(checkpoint.description_folder(config.models.policy))
         self.batches = self._batches(config.data.train, training=True)
         self.eval_batches = self._batches(config.data.eval, training=False) if config.data.eval else None
         self.num_steps = config.run.steps or config.run.epochs * self.batches.steps_per_epoch
@@ -105,7 +95,7 @@ class _Stage:
                 f"run.save_every {config.run.save_every} falls within a rollout of rollout.updates "
                 f"{config.rollout.updates} steps, whose samples are not saved; set it to a multiple"
             )
-        self.frozen = {name: self._frozen(sources[name]) for name in algorithm.frozen}
+        self.frozen = {name: self._frozen(name) for name in algorithm.frozen if name not in algorithm.trained}
         self.trained = [self._trained(name) for name in algorithm.trained]
         self.rollouts = self._rollouts(self.batches, config.rollout, config.run.seed * 1_000_003, self.num_steps)
 
@@ -126,7 +116,7 @@ class _Stage:
         if largest >= self.arch.vocab_size:
             raise ConfigError(
                 f"{source} has a token numbered {largest}, and the model knows {self.arch.vocab_size} tokens; "
-                f"put the tokenizer that the model was trained with into {self.sources['policy']}"
+                f"put the tokenizer that the model was trained with into {config.models.policy}"
             )
         if longest > self.arch.max_positions:
             raise ConfigError(
@@ -146,30 +136,33 @@ class _Stage:
             pad_id=self._pad_id,
             shifted_mask=self.algorithm.shifted_mask,
             repeat=config.rollout.samples if training and on_policy else 1,
+            max_length=min(config.data.max_length, self.arch.max_positions),
         )
 
-    def _frozen(self, source: str) -> Model:
-        chunks = build_model(self.arch, self.parallel, self.config.precision)
-        checkpoint.load_model(chunks, source, self.arch, self.parallel)
+    def _frozen(self, name: str) -> Model:
+        source = self.sources[name]
+        chunks = build_model(source.arch, self.parallel, self.config.precision)
+        checkpoint.load_model(chunks, source.path, source.arch, self.parallel)
         freeze(chunks)
-        return Model(chunks, self.arch)
+        return Model(chunks, source.arch)
 
     def _rollouts(self, source: GlobalBatches, config: RolloutConfig, seed: int, num_steps: int) -> Rollouts | None:
         """What the policy answers to prompts, where that is what the algorithm learns on."""
         if self.algorithm.data != "prompts":
             return None
         precision = self.config.precision
-        policy = self.trained[0].model
+        policy = next(item.model for item in self.trained if item.name == "policy")
         return make_rollouts(policy, source, config, precision, self.tokenizer, self.parallel, seed, num_steps)
 
     def _trained(self, name: str) -> Trained:
-        config = self.config
-        chunks = build_model(self.arch, self.parallel, config.precision, config.run.recompute)
-        if config.models.init == "scratch":
-            draw_weights(chunks, self.arch, self.parallel, config.run.seed)
+        config, source = self.config, self.sources[name]
+        chunks = build_model(source.arch, self.parallel, config.precision, config.run.recompute)
+        if source.drawn:
+            draw_weights(chunks, source.arch, self.parallel, config.run.seed)
         else:
-            checkpoint.load_model(chunks, self.sources["policy"], self.arch, self.parallel)
-        return make_trained(name, chunks, self.arch, config.optim, self.num_steps, self.parallel)
+            checkpoint.load_model(chunks, source.path, source.arch, self.parallel, config.run.seed)
+        optim = config.optim.model_copy(update={"lr": self.algorithm.learning_rates.get(name, config.optim.lr)})
+        return make_trained(name, chunks, source.arch, optim, self.num_steps, self.parallel)
 
     def run(self, folder: Path) -> None:
         """Train from the last checkpoint, or the beginning, to the end; save and export."""
@@ -201,27 +194,26 @@ class _Stage:
                         folder / "checkpoints",
                         done,
                         self.trained,
-                        self.sources["policy"],
+                        {item.name: self.sources[item.name].path for item in self.trained},
                         config.run.keep,
                         self.rollouts.state() if self.rollouts else None,
                     )
         for item in self.trained:
-            description = checkpoint.description_folder(self.sources["policy"])
-            save_folder(item.model.chunks, self.arch, description, folder / item.name, parallel=self.parallel)
+            description = checkpoint.description_folder(self.sources[item.name].path)
+            save_folder(item.model.chunks, item.model.arch, description, folder / item.name, parallel=self.parallel)
 
     def _step(self, step: int, reporter: Reporter) -> None:
         began = time.perf_counter()
         rollout = self.rollouts.at(step) if self.rollouts else _given(self.batches, step)
-        batches = [batch.to(self.parallel.backend.device) for batch in rollout.batches]
         sampled = time.perf_counter()
-        frozen = self._frozen_outputs(batches)
+        batches, frozen = self._prepared(rollout.batches, self.batches, step)
         self.parallel.backend.synchronize()
         scored = time.perf_counter()
         metrics: dict[str, float] = {f"rollout/{key}": value for key, value in rollout.metrics.items()}
         for item in self.trained:
             item.zero_grad()
             lr = item.lr
-            outputs = losses(item.model, self._loss(item.name), batches, frozen, self.parallel, backward=True)
+            outputs = self._losses(item, batches, frozen, backward=True)
             grad_norm = item.step()
             if not math.isfinite(grad_norm):
                 raise AlignDistilError(
@@ -240,7 +232,7 @@ class _Stage:
             "seconds/update": ended - scored,
             "update/tokens_per_second": rollout.num_tokens / (ended - scored),
         }
-        if self.frozen:
+        if self.algorithm.frozen or self.algorithm.mismatched:
             metrics["frozen/tokens_per_second"] = rollout.num_tokens / (scored - sampled)
         if (step + 1) % self.config.run.log_every == 0 or step + 1 == self.num_steps:
             reporter.log(step + 1, metrics)
@@ -253,16 +245,24 @@ class _Stage:
     def _pad_id(self) -> int:
         return min(pad_id(self.tokenizer), self.arch.vocab_size - 1)
 
-    def _frozen_outputs(self, batches: Sequence[MicroBatch]) -> list[dict[str, Frozen]]:
-        """For each micro-batch, what every frozen model says about it."""
-        by_model = {
-            name: frozen_outputs(self.frozen[name], need, batches, self.parallel)
-            for name, need in self.algorithm.frozen.items()
-        }
-        return [{name: outputs[index] for name, outputs in by_model.items()} for index in range(len(batches))]
+    def _prepared(
+        self, given: Sequence[MicroBatch], source: GlobalBatches, step: int
+    ) -> tuple[list[MicroBatch], list[dict[str, Frozen]]]:
+        """Micro-batches as losses see them, and what models without gradient say about each."""
+        models = self.frozen | {item.name: item.model for item in self.trained}
+        mismatched = source.mismatched(step) if self.algorithm.mismatched else []
+        return prepare(self.algorithm, models, given, mismatched, self.parallel)
 
-    def _loss(self, name: str) -> Callable[[LMHead, Responses, Mapping[str, Frozen]], LossOutput]:
-        return lambda head, responses, frozen: self.algorithm.loss(name, head, responses, frozen)
+    def _losses(
+        self,
+        item: Trained,
+        batches: Sequence[MicroBatch],
+        frozen: Sequence[Mapping[str, Frozen]],
+        *,
+        backward: bool,
+    ) -> list[LossOutput]:
+        loss, kind = partial(self.algorithm.loss, item.name), self.algorithm.head(item.name)
+        return losses(item.model, loss, batches, frozen, self.parallel, backward=backward, kind=kind)
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Means over the evaluation records of the loss and metrics of every trained model.
@@ -279,19 +279,17 @@ class _Stage:
         for index in range(num_steps):
             rollout = rollouts.at(index) if rollouts else _given(self.eval_batches, index)
             answers += rollout.answers
-            batches = [batch.to(self.parallel.backend.device) for batch in rollout.batches]
-            frozen = self._frozen_outputs(batches)
+            batches, frozen = self._prepared(rollout.batches, self.eval_batches, index)
             for item in self.trained:
-                outputs[item.name] += losses(
-                    item.model, self._loss(item.name), batches, frozen, self.parallel, backward=False
-                )
+                outputs[item.name] += self._losses(item, batches, frozen, backward=False)
         if answers and self.parallel.is_reporter:
             write_samples(Path(self.config.run.dir) / "samples" / f"step_{step:06d}.txt", answers, self.tokenizer)
-        return {
+        metrics = {
             f"eval/{name}/{key}": value
             for name, collected in outputs.items()
             for key, value in reduce_metrics(collected, self.parallel).items()
         }
+        return metrics | {f"eval/rollout/{key}": value for key, value in answer_metrics(answers).items()}
 
 
 def _given(source: GlobalBatches, step: int) -> Rollout:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -16,8 +16,10 @@ from megatron_aligndistil.models.rope import inverse_frequencies
 
 # Megatron splits an embedding evenly over the tensor parallel group, each part a multiple of this.
 _VOCAB_MULTIPLE = 128
-# Neither changes a weight's shape nor what the model computes.
-_NOT_COMPARED = ("max_positions", "init_std")
+# Neither changes what the model's body computes.
+_NOT_COMPARED = ("max_positions", "init_std", "head")
+# How config.json's `architectures` names transformers' model with one number for an output.
+_SCALAR_CLASS = "ForSequenceClassification"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Architecture:
         qkv_bias: query, key and value projections have a bias.
         qk_norm: queries and keys are normalised per head.
         init_std: standard deviation of weights drawn from scratch.
+        head: what the last layer's states go through: an output layer over the vocabulary ("lm"), or one row ("scalar":
+            reward models and critics, transformers' sequence classification with one label).
     """
 
     model_type: str
@@ -55,6 +59,11 @@ class Architecture:
     qkv_bias: bool = False
     qk_norm: bool = False
     init_std: float = 0.02
+    head: Literal["lm", "scalar"] = "lm"
+
+    def scalar(self) -> Architecture:
+        """The same body with an output layer of one row."""
+        return replace(self, head="scalar", tied_embeddings=False)
 
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of Megatron's embedding: the vocabulary rounded up to a multiple of 128 · tp."""
@@ -88,7 +97,18 @@ class Architecture:
                 f"{where} has {arch.num_heads} attention heads, not a multiple of its {arch.num_kv_heads} "
                 "key-value heads"
             )
-        return arch
+        return arch.scalar() if _is_scalar(config, where) else arch
+
+
+def _is_scalar(config: Mapping[str, Any], where: str) -> bool:
+    """Whether config.json describes a sequence classification model; one of several labels is refused."""
+    if not any(str(name).endswith(_SCALAR_CLASS) for name in config.get("architectures") or ()):
+        return False
+    labels = config.get("id2label")
+    count = config.get("num_labels", 2) if labels is None else len(labels)  # transformers' own default is 2
+    if count != 1:
+        raise CheckpointError(f"{where} has {count} labels, and only sequence classification with 1 (a reward) is read")
+    return True
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -113,12 +133,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def differences(first: Architecture, second: Architecture) -> list[str]:
     """What keeps two models from sharing one module, as "hidden_size 64 and 128"; empty when nothing does.
 
-    The longest position and the scale of initial weights may differ.
+    The longest position, the scale of initial weights and the head may differ.
     """
+    ignored = _NOT_COMPARED if first.head == second.head else (*_NOT_COMPARED, "tied_embeddings")
     pairs = [
-        (f.name, getattr(first, f.name), getattr(second, f.name))
-        for f in fields(Architecture)
-        if f.name not in _NOT_COMPARED
+        (f.name, getattr(first, f.name), getattr(second, f.name)) for f in fields(Architecture) if f.name not in ignored
     ]
     return [f"{name} {_show(one)} and {_show(other)}" for name, one, other in pairs if one != other]
 

@@ -33,6 +33,12 @@ class Family:
     read: Callable[[Mapping[str, Any], str], Architecture]
     parameters: Mapping[str, Rule]
 
+    def class_of(self, arch: Architecture) -> str:
+        """The transformers class of a model with this head."""
+        if arch.head == "lm":
+            return self.model_class
+        return self.model_class.replace("ForCausalLM", "ForSequenceClassification")
+
 
 @cache
 def families() -> Mapping[str, Family]:

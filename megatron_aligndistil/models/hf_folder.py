@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_aligndistil.data.padding import pad_with_another_token
+from megatron_aligndistil.data.tokenizer import has_tokenizer
 from megatron_aligndistil.errors import CheckpointError
 from megatron_aligndistil.models.architecture import Architecture, read_config
 from megatron_aligndistil.models.families import family_of
@@ -108,7 +110,8 @@ def _show(shape: Shape) -> str:
 def copy_companions(source: Path, target: Path, arch: Architecture, dtype: torch.dtype) -> None:
     """Copy all that is not weights (tokenizer, generation settings, chat templates, licence) and write config.json.
 
-    config.json is the source's own, with its class and dtype set to what the new weights are.
+    config.json is the source's own, with its class and dtype set to what the new weights are. Where a scalar model is
+    made from a language model's description, it says one label, and a token for padding that ends no response.
     """
     for file in sorted(source.iterdir()):
         hidden_or_weights = (
@@ -120,7 +123,11 @@ def copy_companions(source: Path, target: Path, arch: Architecture, dtype: torch
     if (source / templates).is_dir():
         shutil.copytree(source / templates, target / templates, dirs_exist_ok=True)
     config = read_config(source)
-    config["architectures"] = [family_of(arch.model_type).model_class]
+    config["architectures"] = [family_of(arch.model_type).class_of(arch)]
+    if arch.head == "scalar" and Architecture.from_folder(source).head == "lm":
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        if has_tokenizer(target):
+            config["pad_token_id"] = pad_with_another_token(target)
     # transformers 5 calls it dtype, older versions torch_dtype and read nothing else.
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     config.update(dict.fromkeys(keys, str(dtype).removeprefix("torch.")))

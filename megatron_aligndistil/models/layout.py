@@ -66,6 +66,14 @@ class Replicated(Rule):
 
 
 @dataclass(frozen=True)
+class Row(Replicated):
+    """A weight of one row [1, H], the same on every rank."""
+
+    def tensors(self, arch: Architecture) -> dict[str, Shape]:
+        return {self.source: (1, getattr(arch, self.size))}
+
+
+@dataclass(frozen=True)
 class Vocabulary(Rule):
     """An embedding or output layer [V, H]: rows split over ranks, zero rows at its end.
 

@@ -12,13 +12,15 @@ from torch import Tensor
 from megatron_aligndistil.errors import CheckpointError
 from megatron_aligndistil.models.architecture import Architecture
 from megatron_aligndistil.models.families import family_of
-from megatron_aligndistil.models.layout import Replicated, Rule, Shape, Vocabulary, shard
+from megatron_aligndistil.models.layout import Replicated, Row, Rule, Shape, Vocabulary, shard
 
 # Transformer Engine fuses a norm into the linear layer after it, and names its weight accordingly.
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+# The output layer, and what it is in transformers' sequence classification models.
+_OUTPUT, SCORE = "output_layer.weight", "score.weight"
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
@@ -28,6 +30,8 @@ def _rule(name: str, arch: Architecture) -> tuple[Rule, str]:
     if match := _LAYER.fullmatch(name):
         number, rest = match.groups()
         template = f"decoder.layers.{{}}.{_FUSED_NORMS.get(rest, rest)}"
+    if template == _OUTPUT and arch.head == "scalar":
+        return Row(SCORE), number
     rules = family_of(arch.model_type).parameters
     if template not in rules:
         raise CheckpointError(

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from megatron_aligndistil.ops.chunks import add_weight_gradient, chunks, hand_on, hidden_gradient, logits_of
 from megatron_aligndistil.ops.collectives import gather_ranks, sum_ranks
 from megatron_aligndistil.ops.head import LMHead
+from megatron_aligndistil.ops.passes import Passes, make_passes
 from megatron_aligndistil.ops.vocab_parallel import columns, combine, combine_expected
 
 
@@ -142,64 +143,38 @@ class _Pass:
 
     def _chunk(self, rows: slice) -> tuple[Tensor, ...]:
         group = self.heads[0].shard.tp_group
-        # Logits relative to each model's largest on this rank, and their exponentials.
-        logits = [logits_of(head, rows, self.form.temperature) for head in self.heads]
-        peaks_KC = torch.stack([_subtract_peak(logits_Cv) for logits_Cv in logits])
-        exps = [logits_Cv.exp() for logits_Cv in logits]
-        sums_KC = torch.stack([exp_Cv.sum(dim=1) for exp_Cv in exps])
-        dots_KC = torch.stack([_dot(exps[0], logits_Cv) for logits_Cv in logits])
-        peaks_RKC, sums_RKC, dots_RKC = gather_ranks(torch.stack([peaks_KC, sums_KC, dots_KC]), group).unbind(1)
+        passes = make_passes(
+            [logits_of(head, rows, self.form.temperature) for head in self.heads], self.heads[0].weight_vH.dtype
+        )
+        local_3KC = passes.statistics()
+        peaks_RKC, sums_RKC, dots_RKC = gather_ranks(local_3KC, group).unbind(1)
         expected_KC, models = combine_expected(peaks_RKC, sums_RKC, dots_RKC)
-        # What brings this rank's relative logits to log-probabilities, and the policy's exponentials to probabilities.
-        offsets_KC = torch.stack([peaks_KC[k] - n.max_T - n.logsum_T for k, n in enumerate(models)])
-        share_RC = (peaks_RKC[:, 0] - models[0].max_T - models[0].logsum_T).exp()
-        sampled = [self._sampled(logits[k], offsets_KC[k], rows) for k in (1, 2)]
-        distance_C = _distance(exps[1], exps[2], offsets_KC[1:].exp())
-        tvd_C, *sampled = sum_ranks(torch.stack([distance_C, *sampled]), group).unbind()
+        # What brings this rank's relative logits to log-probabilities.
+        offsets_KC = torch.stack([local_3KC[0, k] - n.max_T - n.logsum_T for k, n in enumerate(models)])
+        distance_C = passes.distance(offsets_KC)
+        tvd_C, *sampled = sum_ranks(torch.cat([distance_C[None], self._sampled(passes, offsets_KC, rows)]), group)
         alpha_C = self.form.rate * tvd_C + self.form.offset
 
-        # log π* up to a number a position: base + α (dpo - negative), of log-probabilities.
-        base = 1 if self.form.base == "dpo" else 2
-        star_Cv = torch.sub(logits[1], logits[2], out=exps[1]).mul_(alpha_C[:, None]).add_(logits[base])
-        star_Cv += (offsets_KC[base] + alpha_C * (offsets_KC[1] - offsets_KC[2]))[:, None]
-        # log π_θ - log π* up to a number a position; its mean is the KL but for that number.
-        ratio_Cv = logits[0].sub_(star_Cv).add_(offsets_KC[0][:, None])
-        peak_C = _subtract_peak(star_Cv)
-        local_3C = torch.stack([peak_C, torch.exp(star_Cv, out=exps[2]).sum(dim=1), _dot(exps[0], ratio_Cv)])
-        peak_RC, sum_RC, ratio_RC = gather_ranks(local_3C, group).unbind(1)
-        star = combine(peak_RC, sum_RC)
-        mean_C = (share_RC * ratio_RC).sum(dim=0)
+        # E_p[log π_θ - s], with s = log π* up to a number a position: the gradient is formed around it.
+        base: Literal[1, 2] = 1 if self.form.base == "dpo" else 2
+        mean_C = expected_KC[0] - expected_KC[base] - alpha_C * (expected_KC[1] - expected_KC[2])
+        scale_C = None
         if self.wants_gradient:
-            scale_C = self.weights_T[rows] * self.beta0 / alpha_C / self.form.temperature * offsets_KC[0].exp()
-            grad_Cv = ratio_Cv.sub_(mean_C[:, None]).mul_(exps[0]).mul_(scale_C[:, None])
+            scale_C = self.weights_T[rows] * self.beta0 / alpha_C / self.form.temperature
+        local_3C, grad_Cv = passes.teacher(base, alpha_C, offsets_KC, mean_C, scale_C)
+        peak_RC, sum_RC, rest_RC = gather_ranks(local_3C, group).unbind(1)
+        star = combine(peak_RC, sum_RC)
+        if grad_Cv is not None:
             self.hidden_grad_TH[rows] = hidden_gradient(grad_Cv, self.heads[0].weight_vH.detach())
             add_weight_gradient(self.weight_grad_vH, grad_Cv, self.heads[0].hidden_TH.detach()[rows])
-        return mean_C + star.max_T + star.logsum_T, alpha_C, tvd_C, expected_KC, torch.stack(sampled)
+        # The mean again, from differences this time: its rounding error is put right.
+        kl_C = mean_C + rest_RC.sum(dim=0) + star.max_T + star.logsum_T
+        return kl_C, alpha_C, tvd_C, expected_KC, torch.stack(sampled)
 
-    def _sampled(self, logits_Cv: Tensor, offset_C: Tensor, rows: slice) -> Tensor:
-        """Log-probability of each target that this rank holds, and 0 elsewhere."""
+    def _sampled(self, passes: Passes, offsets_KC: Tensor, rows: slice) -> Tensor:
+        """Log-probability by dpo and negative of each target that this rank holds, and 0 elsewhere: [2, C]."""
         shard = self.heads[0].shard
         column_C1, here_C = columns(self.targets_T[rows], shard)
         if not shard.size:
-            return torch.zeros_like(offset_C)
-        return torch.where(here_C, logits_Cv.gather(1, column_C1)[:, 0] + offset_C, 0.0)
-
-
-def _subtract_peak(logits_Cv: Tensor) -> Tensor:
-    """Make logits relative to the largest of each row on this rank, in place; returns that largest, [C]."""
-    if logits_Cv.size(1) == 0:
-        return logits_Cv.new_full((logits_Cv.size(0),), torch.finfo(logits_Cv.dtype).min)
-    peak_C = logits_Cv.amax(dim=1)
-    logits_Cv.sub_(peak_C[:, None])
-    return peak_C
-
-
-def _dot(left_Cv: Tensor, right_Cv: Tensor) -> Tensor:
-    """Sum of products along each row, [C], without a third tensor of that size."""
-    return torch.bmm(left_Cv[:, None], right_Cv[:, :, None])[:, 0, 0]
-
-
-def _distance(dpo_Cv: Tensor, negative_Cv: Tensor, shares_2C: Tensor) -> Tensor:
-    """½ Σ_v |p_dpo - p_negative| over this rank's columns, [C]; both exponentials are used up."""
-    dpo_Cv.mul_(shares_2C[0][:, None]).sub_(negative_Cv.mul_(shares_2C[1][:, None]))
-    return 0.5 * dpo_Cv.abs_().sum(dim=1)
+            return torch.zeros_like(offsets_KC[1:])
+        return torch.where(here_C, passes.relative(column_C1) + offsets_KC[1:], 0.0)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_aligndistil.ops.chunks import add_weight_gradient, chunks, hand_on, hidden_gradient, logits_of
-from megatron_aligndistil.ops.collectives import gather_ranks, sum_ranks
+from megatron_aligndistil.ops.chunks import chunks, gradients, logits_of
+from megatron_aligndistil.ops.collectives import gather_ranks
 from megatron_aligndistil.ops.head import LMHead
-from megatron_aligndistil.ops.vocab_parallel import columns, combine_expected, expected_logprobs, in_loss_dtype, shift
+from megatron_aligndistil.ops.passes import Scored, label_gradient, statistics
+from megatron_aligndistil.ops.vocab_parallel import combine_expected, in_loss_dtype, target_logits
 
 
 class _LabelLogprobs(torch.autograd.Function):
@@ -36,33 +37,21 @@ class _LabelLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_T: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden_TH, weight_vH, targets_T, max_T, logsum_T = ctx.saved_tensors
-        head = LMHead(hidden_TH, weight_vH, ctx.shard)
-        hidden_grad_TH = torch.empty_like(hidden_TH, dtype=max_T.dtype)
-        weight_grad_vH = torch.zeros_like(weight_vH, dtype=max_T.dtype)
-        for rows in chunks(head, ctx.rows):
-            grad_Cv = logits_of(head, rows).sub_(max_T[rows, None]).sub_(logsum_T[rows, None]).exp_().neg_()
-            if head.shard.size:
-                column_C1, here_C = columns(targets_T[rows], head.shard)
-                grad_Cv.scatter_add_(1, column_C1, here_C[:, None].to(grad_Cv.dtype))
-            grad_Cv.mul_(grad_T[rows, None])
-            hidden_grad_TH[rows] = hidden_gradient(grad_Cv, weight_vH)
-            add_weight_gradient(weight_grad_vH, grad_Cv, hidden_TH[rows])
-        hidden_grad_TH = sum_ranks(hidden_grad_TH, ctx.shard.tp_group)
-        weight_grad_vH = hand_on(weight_grad_vH, weight_vH, ctx.main_grad_vH)
-        return hidden_grad_TH.to(hidden_TH.dtype), weight_grad_vH, None, None, None
+        head = LMHead(hidden_TH, weight_vH, ctx.shard, ctx.main_grad_vH)
+
+        def of_logits(rows: slice) -> Tensor:
+            own = Scored(logits_of(head, rows), max_T[rows], logsum_T[rows])
+            return label_gradient(own, targets_T[rows] - head.shard.start, grad_T[rows])
+
+        return *gradients(head, ctx.rows, of_logits), None, None, None
 
 
 def _forward_chunk(head: LMHead, targets_T: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probability of the target, entropy, and the two parts of the normaliser at each position of a chunk."""
-    shard = head.shard
-    shifted_Cv, max_C = shift(logits_of(head, rows))
-    column_C1, here_C = columns(targets_T[rows], shard)
-    target_C = torch.zeros_like(max_C)
-    if shard.size:
-        target_C = torch.where(here_C, shifted_Cv.gather(1, column_C1)[:, 0] + max_C, target_C)
-    weight_Cv = shifted_Cv.exp()
-    local = [max_C, weight_Cv.sum(dim=1), shifted_Cv.mul_(weight_Cv).sum(dim=1), target_C]
-    max_RC, sum_RC, weighted_RC, target_RC = gather_ranks(torch.stack(local), shard.tp_group).unbind(1)
+    logits_Cv = logits_of(head, rows)
+    target_C = target_logits(logits_Cv, targets_T[rows], head.shard)
+    local_4C = torch.cat([statistics([logits_Cv])[:, 0], target_C[None]])
+    max_RC, sum_RC, weighted_RC, target_RC = gather_ranks(local_4C, head.shard.tp_group).unbind(1)
     (expected_C,), (normaliser,) = combine_expected(max_RC[:, None], sum_RC[:, None], weighted_RC[:, None])
     logprob_C = (target_RC.sum(dim=0) - normaliser.max_T) - normaliser.logsum_T
     return logprob_C, -expected_C, normaliser.max_T, normaliser.logsum_T
@@ -87,12 +76,12 @@ def label_logprobs(head: LMHead, targets_T: Tensor, rows: int | None = None) -> 
 def expectations(policy: LMHead, others: Sequence[LMHead], rows: int | None = None) -> Tensor:
     """E_p[log p] and E_p[log q] for each of `others`, p being the policy's distribution: [1 + K, T], in nats.
 
-    Collectives over ``policy.shard.tp_group``: one all-gather of [1 + K, 3, C] a chunk. No gradient.
+    Collectives over ``policy.shard.tp_group``: one all-gather of [3, 1 + K, C] a chunk. No gradient.
     """
-    parts = [
-        expected_logprobs(logits_of(policy, each), [logits_of(head, each) for head in others], policy.shard.tp_group)[0]
-        for each in chunks(policy, rows)
-    ]
+    parts = []
+    for each in chunks(policy, rows):
+        local_3KC = statistics([logits_of(head, each) for head in (policy, *others)])
+        parts.append(combine_expected(*gather_ranks(local_3KC, policy.shard.tp_group).unbind(1))[0])
     if not parts:
         return in_loss_dtype(policy.hidden_TH.new_zeros(1 + len(others), 0))
     return torch.cat(parts, dim=1)

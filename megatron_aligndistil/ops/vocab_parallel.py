@@ -9,14 +9,11 @@ so nothing overflows, and small numbers are never formed as the difference of la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_aligndistil.ops.collectives import gather_ranks
 from megatron_aligndistil.ops.head import VocabShard
 
 
@@ -44,18 +41,6 @@ def in_loss_dtype(logits_Tv: Tensor) -> Tensor:
     return logits_Tv.to(torch.promote_types(logits_Tv.dtype, torch.float32))
 
 
-def shift(logits_Tv: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits relative to the largest of this rank, [T, v] <= 0, and that largest logit, [T].
-
-    An empty shard's largest logit is the lowest finite number: its weight exp(max - global max) is then exactly 0.
-    """
-    logits_Tv = in_loss_dtype(logits_Tv)
-    if logits_Tv.size(1) == 0:
-        return logits_Tv, logits_Tv.new_full((logits_Tv.size(0),), torch.finfo(logits_Tv.dtype).min)
-    max_T = logits_Tv.amax(dim=1)
-    return logits_Tv - max_T[:, None], max_T
-
-
 def combine(max_RT: Tensor, sum_RT: Tensor) -> Normaliser:
     """The normaliser from each rank's largest logit and its sum of exp(logit - that), [R, T] both. No collectives."""
     max_T = max_RT.amax(dim=0)
@@ -68,40 +53,20 @@ def columns(targets_T: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     return column_T.clamp(0, max(shard.size - 1, 0))[:, None], (column_T >= 0) & (column_T < shard.size)
 
 
-@torch.no_grad()
-def expected_logprobs(
-    policy_logits_Tv: Tensor, others: Sequence[Tensor], tp_group: dist.ProcessGroup | None
-) -> tuple[Tensor, list[Normaliser]]:
-    """E_p[log p] and E_p[log q] for each of `others`, p being the policy's distribution at each position.
-
-    KL(p || q) is the first row less q's row; minus the first row is the policy's entropy. No gradient.
-
-    Args:
-        policy_logits_Tv: this rank's columns of the policy's logits.
-        others: the same columns of other models' logits, each [T, v].
-
-    Returns:
-        Expectations [1 + len(others), T] in nats, the policy's own first, and the normalisers in the same order.
-        Collectives: one all-gather of [1 + len(others), 3, T] over `tp_group`.
-    """
-    # With e = exp(z - m_r) of the policy on rank r, p is e times the rank's share exp(m_r - M) / Z; and with shifted
-    # logits u = z' - m'_r of any model, its log-probability is u + (m'_r - M' - log Z'). Sums of e and e·u suffice.
-    shifted_Tv, max_T = shift(policy_logits_Tv)
-    weight_Tv = shifted_Tv.exp()
-    local = [torch.stack([max_T, weight_Tv.sum(dim=1), (weight_Tv * shifted_Tv).sum(dim=1)])]
-    for logits_Tv in others:
-        shifted_Tv, max_T = shift(logits_Tv)
-        local.append(torch.stack([max_T, shifted_Tv.exp().sum(dim=1), (weight_Tv * shifted_Tv).sum(dim=1)]))
-    max_RKT, sum_RKT, weighted_RKT = gather_ranks(torch.stack(local), tp_group).unbind(dim=2)
-
-    return combine_expected(max_RKT, sum_RKT, weighted_RKT)
+def target_logits(logits_Tv: Tensor, targets_T: Tensor, shard: VocabShard) -> Tensor:
+    """The logit of each target that this rank holds, and 0 elsewhere, [T]."""
+    if not shard.size:
+        return logits_Tv.new_zeros(len(logits_Tv))
+    column_T1, here_T = columns(targets_T, shard)
+    return torch.where(here_T, logits_Tv.gather(1, column_T1)[:, 0], 0.0)
 
 
 def combine_expected(max_RKT: Tensor, sum_RKT: Tensor, weighted_RKT: Tensor) -> tuple[Tensor, list[Normaliser]]:
-    """What :func:`expected_logprobs` returns, from each rank's part of it; the policy is the first of the K models.
+    """E_p[log q] in nats, [K, T], for each of K models, p being that of the first one; and their normalisers.
 
-    Of each rank and model, [R, K, T]: the largest logit, the sum of exp(logit - that), and Σ e·u, with e = exp(logit -
-    largest) of the policy and u = logit - largest of the model. No collectives.
+    KL(p || q) is the first row less q's row; minus the first row is p's entropy. From each rank's part, [R, K, T]: the
+    largest logit, the sum of exp(logit - that), and Σ e·u, with e = exp(logit - largest) of the first model and u =
+    logit - largest of each. No collectives.
     """
     found = [combine(max_RKT[:, k], sum_RKT[:, k]) for k in range(max_RKT.size(1))]
     policy_sum_RT = sum_RKT[:, 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,13 +22,18 @@ MODELS = ("policy", "reference", "dpo", "reverse")
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of responses with, for each model, the hidden states of every position and the whole output layer."""
+    """Rows of responses with, for each model, the hidden states of every position and the whole output layer.
+
+    `ratings` are of rows, and `prepared` is what an algorithm's `prepare` is to have found, where a loss reads these.
+    """
 
     lengths: tuple[int, ...]
     padded: int
     targets_T: Tensor
     hidden: dict[str, Tensor]
     weights: dict[str, Tensor]
+    ratings: tuple[float, ...] | None = None
+    prepared: dict[str, Tensor] = field(default_factory=dict)
 
     def rows(self, chosen: Sequence[int]) -> Case:
         """The case with only these rows, in this order."""
@@ -39,6 +44,7 @@ class Case:
             lengths=tuple(self.lengths[row] for row in chosen),
             targets_T=self.targets_T[keep_T],
             hidden={name: hidden_TH[keep_T] for name, hidden_TH in self.hidden.items()},
+            ratings=None if self.ratings is None else tuple(self.ratings[row] for row in chosen),
         )
 
     def logits(self, name: str) -> Tensor:
@@ -83,7 +89,13 @@ def run_sharded(section: Mapping[str, Any], model: str, case: Case) -> Result:
     algorithm = algorithms.build(section)
     shard = this_shard(case.weights["policy"].size(0), case.padded)
     lengths_B = torch.tensor(case.lengths)
-    responses = Responses(case.targets_T, torch.arange(len(lengths_B)).repeat_interleave(lengths_B), lengths_B)
+    responses = Responses(
+        case.targets_T,
+        torch.arange(len(lengths_B)).repeat_interleave(lengths_B),
+        lengths_B,
+        ratings_B=None if case.ratings is None else torch.tensor(case.ratings),
+        prepared=case.prepared,
+    )
 
     def head_of(name: str) -> LMHead:
         return LMHead(case.hidden[name].clone(), columns(case.weights[name].T, shard).T.detach(), shard)

@@ -1,56 +1,55 @@
-"""DPO, forward and reverse, against a dense reference."""
+"""DPO, forward and reverse, and its options, against a dense reference."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_aligndistil import algorithms
+from megatron_aligndistil.errors import ConfigError
 from tests.algorithms.cases import Case, Result, make_case, run_sharded
 from tests.algorithms.checks import assert_cut_does_not_matter, assert_equals_dense
+from tests.algorithms.pairs import CUTS, FULL_PAIRS, LENGTHS, full_pairs, metrics_of
 from tests.shards import SIZES, VOCABULARIES, assert_same
 from tests.workers import Workers
 
 SECTION = {"name": "dpo", "beta": 0.3}
-LENGTHS = [3, 1, 2, 4, 2, 0]  # three pairs: rows 0 and 3, 1 and 4, 2 and 5; the last has an empty rejected response
-FULL_PAIRS = 2
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cdpo": {"label_smoothing": 0.2},
+    "ipo": {"loss": "ipo"},
+    "sft": {"sft_weight": 0.7},
+    "ipo with sft": {"loss": "ipo", "sft_weight": 0.7},
+}
 
 
-def dense(case: Case, reverse: bool = False, beta: float = 0.3) -> tuple[Tensor, dict[str, tuple[float, int]]]:
-    """(4), pair by pair."""
-    logp_TV = {name: case.logits(name).log_softmax(1) for name in ("policy", "reference")}
-    half = len(case.lengths) // 2
-    loss = torch.zeros((), dtype=torch.float64)
-    sums = dict.fromkeys(
-        ["accuracy", "margin", "reward_chosen", "reward_rejected", "logps_chosen", "logps_rejected"], 0.0
-    )
-    pairs = 0
-    for i in range(half):
-        if case.lengths[i] == 0 or case.lengths[half + i] == 0:
-            continue
-        pairs += 1
-        winner, loser = case.spans[i], case.spans[half + i]
-        if reverse:
-            winner, loser = loser, winner
-        summed = {
-            (name, which): sum(logp[t, case.targets_T[t]] for t in range(span.start, span.stop))
-            for name, logp in logp_TV.items()
-            for which, span in (("w", winner), ("l", loser))
-        }
-        reward_w = beta * (summed["policy", "w"] - summed["reference", "w"])
-        reward_l = beta * (summed["policy", "l"] - summed["reference", "l"])
-        loss = loss + (1 + (reward_l - reward_w).exp()).log()
-        reward_w, reward_l = reward_w.detach(), reward_l.detach()
-        sums["accuracy"] += float(reward_w > reward_l)
-        sums["margin"] += float(reward_w - reward_l)
-        sums["reward_chosen"] += float(reward_w)
-        sums["reward_rejected"] += float(reward_l)
-        sums["logps_chosen"] += float(summed["policy", "w"].detach())
-        sums["logps_rejected"] += float(summed["policy", "l"].detach())
-    return loss, {name: (total, pairs) for name, total in sums.items()}
+def dense(
+    case: Case,
+    reverse: bool = False,
+    beta: float = 0.3,
+    loss: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    sft_weight: float = 0.0,
+) -> tuple[Tensor, dict[str, tuple[float, int]]]:
+    """(4) and its relatives, pair by pair."""
+    pairs = full_pairs(case, reverse)
+    total = torch.zeros((), dtype=torch.float64)
+    for winner, loser in pairs:
+        if loss == "ipo":
+            difference = winner.log_ratio / len(winner.policy) - loser.log_ratio / len(loser.policy)
+            total = total + (difference - 1 / (2 * beta)) ** 2
+        else:
+            h = beta * (winner.log_ratio - loser.log_ratio)
+            total = total + (1 - label_smoothing) * (1 + (-h).exp()).log() + label_smoothing * (1 + h.exp()).log()
+        total = total - sft_weight * winner.policy.mean()
+    metrics = metrics_of(pairs, lambda side: beta * side.log_ratio)
+    if sft_weight:
+        metrics["sft"] = (-sum(float(winner.policy.detach().mean()) for winner, _ in pairs), len(pairs))
+    return total, metrics
 
 
 @pytest.mark.parametrize(("vocab", "padded"), VOCABULARIES)
@@ -60,10 +59,29 @@ def test_equals_dense(workers: Workers, tp: int, vocab: int, padded: int) -> Non
     assert_equals_dense(workers, tp, SECTION, "dpo", case, dense, FULL_PAIRS)
 
 
-def test_reverse_equals_dense(workers: Workers) -> None:
-    section = SECTION | {"direction": "reverse"}
-    case = make_case(LENGTHS)
-    assert_equals_dense(workers, 2, section, "reverse", case, lambda whole: dense(whole, reverse=True), FULL_PAIRS)
+@pytest.mark.parametrize("tp", SIZES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_equal_dense(workers: Workers, option: str, tp: int) -> None:
+    reference = partial(dense, **OPTIONS[option])
+    assert_equals_dense(workers, tp, SECTION | OPTIONS[option], "dpo", make_case(LENGTHS), reference, FULL_PAIRS)
+
+
+@pytest.mark.parametrize("option", [{}, *OPTIONS.values()])
+def test_reverse_equals_dense(workers: Workers, option: dict[str, Any]) -> None:
+    section = SECTION | {"direction": "reverse"} | option
+    reference = partial(dense, reverse=True, **option)
+    assert_equals_dense(workers, 2, section, "reverse", make_case(LENGTHS), reference, FULL_PAIRS)
+
+
+def test_ipo_by_hand(workers: Workers) -> None:
+    """Identical models leave (0 - 1/(2β))² a pair."""
+    (result,) = workers.run(1, run_sharded, SECTION | {"loss": "ipo"}, "dpo", make_case([3, 2], same=True))
+    assert float(result.output.loss_sum) == pytest.approx((1 / 0.6) ** 2, rel=1e-14)
+
+
+def test_smoothing_is_refused_for_ipo() -> None:
+    with pytest.raises(ConfigError, match=r"algorithm.*ipo takes no label_smoothing; set label_smoothing to 0"):
+        algorithms.build(SECTION | {"loss": "ipo", "label_smoothing": 0.1})
 
 
 @pytest.mark.parametrize("tp", SIZES)
@@ -89,10 +107,11 @@ def test_reverse_is_forward_on_swapped_pairs(workers: Workers) -> None:
         assert int(reverse.output.metrics[name][1]) == int(count)
 
 
+@pytest.mark.parametrize("option", [{}, OPTIONS["cdpo"], OPTIONS["ipo with sft"]])
 @pytest.mark.parametrize("model", ["dpo", "reverse"])
-def test_cut_does_not_matter(workers: Workers, model: str) -> None:
-    cuts = [[[0, 3], [1, 4], [2, 5]], [[0, 2, 3, 5], [1, 4]], [[2, 5], [1, 0, 4, 3]]]
-    assert_cut_does_not_matter(workers, SECTION | {"direction": "both"}, model, make_case(LENGTHS), cuts)
+def test_cut_does_not_matter(workers: Workers, model: str, option: dict[str, Any]) -> None:
+    section = SECTION | {"direction": "both"} | option
+    assert_cut_does_not_matter(workers, section, model, make_case(LENGTHS), CUTS)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ def test_every_algorithm_loads_and_its_configuration_round_trips() -> None:
         ({"name": "aligndistill"}, r"unknown algorithm\.name 'aligndistill'; did you mean aligndistil\?"),
         ({"name": "zzz"}, r"unknown algorithm\.name 'zzz'; known: aligndistil"),
         ({"name": "base"}, r"unknown algorithm\.name 'base'"),
+        ({"name": "_pairs"}, r"unknown algorithm\.name '_pairs'"),
         ({"name": 3}, r"unknown algorithm\.name '3'"),
         ({"name": "dpo", "betta": 0.2}, r"algorithm\.betta; did you mean algorithm\.beta\?"),
         ({"name": "dpo", "beta": -1}, r"algorithm\.beta = -1"),

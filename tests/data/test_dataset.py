@@ -74,6 +74,29 @@ def test_prompts_alone_keep_their_end_and_leave_max_length_to_generation(tmp_pat
     assert report.cut_prompts == 1
 
 
+def test_unpaired_rows_are_rated_and_dropped_one_by_one(tmp_path):
+    records = [*PAIRS, {"prompt": "b", "completion": "d", "label": False}, {"prompt": "b", "response": "a", "label": 1}]
+    source = write_jsonl(tmp_path / "records.jsonl", records)
+    config = DataConfig(train=source, max_prompt_length=3, max_length=6)
+    dataset, report = load_dataset(config, source, make_tokenizer(), "unpaired")
+    assert [(row.tokens.tolist(), row.rating) for (row,) in dataset] == [
+        ([BOS, A, B, EOS], 1.0),
+        ([BOS, A, C, EOS], 0.0),
+        ([BOS, A, D, EOS], 0.0),  # the chosen response is empty
+        ([A, A, A, B, EOS], 1.0),
+        ([A, A, A, C, C, C], 0.0),
+        ([BOS, B, D, EOS], 0.0),
+        ([BOS, B, A, EOS], 1.0),
+    ]
+    assert report == DatasetReport(records=5, examples=7, empty=1, cut_prompts=2, cut_responses=1, tokens=31)
+
+
+def test_a_label_that_is_none_names_file_and_line(tmp_path):
+    records = [*PAIRS[:1], {"prompt": "a", "completion": "b", "label": "yes"}]
+    with pytest.raises(DataError, match=r"records.jsonl line 2, .*'label' is 'yes' and must be true"):
+        load(tmp_path, records, "unpaired")
+
+
 def test_first_records_only(tmp_path):
     assert load(tmp_path, PAIRS, "pairs", max_records=1)[1].records == 1
 

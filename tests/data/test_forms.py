@@ -73,6 +73,26 @@ def test_responses(values, expected):
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
+        ({"prompt": "a", "completion": "b", "label": True}, [Turn("a", "b", 1.0)]),
+        ({"prompt": [user("a")], "completion": [assistant("b")], "label": 0}, [Turn([user("a")], assistant("b"), 0.0)]),
+        ({"prompt": "a", "response": "b", "label": False}, [Turn("a", "b", 0.0)]),
+        ({"prompt_tokens": [1], "response_tokens": [2], "label": 1}, [TokenTurn([1], [2], 1.0)]),
+        ({"messages": [user("a"), assistant("b")], "label": False}, [Turn([user("a")], assistant("b"), 0.0)]),
+        # The two responses of a pair, the chosen one's first; a label would say nothing about either.
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "label": 0}, [Turn("a", "b", 1.0), Turn("a", "c", 0.0)]),
+        (
+            {"prompt_tokens": [1], "chosen_tokens": [2, 3], "rejected_tokens": [4]},
+            [TokenTurn([1], [2, 3], 1.0), TokenTurn([1], [4], 0.0)],
+        ),
+    ],
+)
+def test_unpaired(values, expected):
+    assert list(read(values, "unpaired")) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
         ({"prompt": "a"}, Turn("a", None)),
         ({"prompt": [user("a")]}, Turn([user("a")], None)),
         ({"messages": [user("a")]}, Turn([user("a")], None)),
@@ -111,6 +131,14 @@ def test_prompts(values, expected):
         ),
         ({"prompt_tokens": [1], "response_tokens": "2"}, "responses", "'response_tokens' is not a list of token ids"),
         ({"prompt_tokens": [1.0], "response_tokens": [2]}, "responses", "'prompt_tokens' is not a list of token ids"),
+        (
+            {"prompt": "a", "response": "b", "label": "good"},
+            "unpaired",
+            r"line 7, read as \{prompt, response, label\}: 'label' is 'good' and must be true \(desirable\) or false",
+        ),
+        ({"prompt": "a", "response": "b", "label": None}, "unpaired", "'label' is None"),
+        ({"prompt": "a", "response": "b", "label": 0.5}, "unpaired", "'label' is 0.5"),
+        ({"prompt": "a", "response": "b"}, "unpaired", r"be read as unpaired; .*\{prompt, completion, label\}"),
     ],
 )
 def test_bad_records_are_named(values, wanted, message):

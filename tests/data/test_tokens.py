@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
+import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -173,6 +174,9 @@ def test_truncation_worked_by_hand():
     limits += [((9, 4), ([1, 2, 3], [4])), ((9, 2), ([1, 2], [])), ((1, 2), ([3], [4]))]
     for (max_prompt_length, max_length), expected in limits:
         assert parts(truncate(row, max_prompt_length=max_prompt_length, max_length=max_length)) == expected
+    rated = Row(row.tokens, 3, rating=0.0, logprobs=np.array([-1, -2, -3], np.float32))
+    cut = truncate(rated, max_prompt_length=2, max_length=4)
+    assert cut.rating == 0.0 and cut.logprobs.tolist() == [-1, -2]
 
 
 def test_targets_of_a_row():

@@ -44,9 +44,12 @@ def read_pairs(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def load(folder: Path) -> PreTrainedModel:
-    """A transformers model in fp64, its norms too (transformers takes them in fp32 whatever the dtype)."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa").eval()
+def load(folder: Path, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """A transformers model in fp64, its norms too (transformers takes them in fp32 whatever the dtype).
+
+    `kind` is the auto class.
+    """
+    model = kind.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa").eval()
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             shape, eps = tuple(module.weight.shape), module.variance_epsilon
@@ -66,6 +69,20 @@ def response_logprob(model: PreTrainedModel, prompt: list[int], response: list[i
     """Summed log-probability of a response."""
     logprobs = state_logits(model, prompt, response).log_softmax(-1)
     return torch.stack([logprobs[index, token] for index, token in enumerate(response)]).sum()
+
+
+def token_values(model: PreTrainedModel, prompt: list[int], response: list[int]) -> Tensor:
+    """What a scalar model says at each token [prompt + response]; the last is the score of the row."""
+    return model.score(model.model(torch.tensor([prompt + response])).last_hidden_state)[0, :, 0]
+
+
+def reward(models: Models, records: Sequence[Record], *, center: float = 0.0) -> Tensor:
+    """Equation 1, and the mean of the squared sum of a pair's rewards."""
+    chosen, rejected = (
+        torch.stack([token_values(models["policy"], r["prompt_tokens"], r[name])[-1] for r in records])
+        for name in ("chosen_tokens", "rejected_tokens")
+    )
+    return (-logsigmoid(chosen - rejected) + center * (chosen + rejected) ** 2).mean()
 
 
 def sft(models: Models, records: Sequence[Record]) -> Tensor:

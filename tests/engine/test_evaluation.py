@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megatron_aligndistil.commands.evaluate import EvaluateConfig, evaluate
 from megatron_aligndistil.config import build
@@ -25,10 +25,11 @@ def run_evaluation(values: dict) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four models, 7 pairs (no multiple of any batch size here) and as many responses."""
+    """Five models, 7 pairs (no multiple of any batch size here) and as many responses."""
     path = tmp_path_factory.mktemp("evaluation")
     for seed, name in enumerate(NAMES):
         make_checkpoint("qwen2-tied", path / name, seed=seed)
+    make_checkpoint("qwen2-tied", path / "reward", seed=9, scalar=True)
     make_pairs(path / "pairs.jsonl", count=7, vocab_size=300)
     records = [json.loads(line) for line in (path / "pairs.jsonl").read_text().splitlines()]
     with (path / "responses.jsonl").open("w") as file:
@@ -55,6 +56,7 @@ def mean_and_stderr(values: list[float]) -> tuple[float, float]:
 @pytest.fixture(scope="module")
 def expected_accuracy(folder: Path) -> dict[str, tuple[float, float]]:
     found: dict[str, list[float]] = {}
+    reward = AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float64).eval()
     for line in (folder / "pairs.jsonl").read_text().splitlines():
         record = json.loads(line)
         score = {
@@ -66,7 +68,7 @@ def expected_accuracy(folder: Path) -> dict[str, tuple[float, float]]:
             for name in NAMES
             for side in ("chosen", "rejected")
         }
-        for reward, (plus, minus) in {
+        for name, (plus, minus) in {
             "policy_reward": ("policy", "reference"),
             "dpo_reward": ("dpo", "reference"),
             "reverse_reward": ("reference", "reverse"),
@@ -75,8 +77,14 @@ def expected_accuracy(folder: Path) -> dict[str, tuple[float, float]]:
             margin = (score[plus, "chosen"] - score[minus, "chosen"]) - (
                 score[plus, "rejected"] - score[minus, "rejected"]
             )
-            found.setdefault(reward, []).append(float(margin > 0))
-    return {reward: mean_and_stderr(values) for reward, values in found.items()}
+            found.setdefault(name, []).append(float(margin > 0))
+        with torch.no_grad():
+            chosen, rejected = (
+                reward(torch.tensor([record["prompt_tokens"] + record[f"{side}_tokens"]])).logits.item()
+                for side in ("chosen", "rejected")
+            )
+        found.setdefault("reward_model", []).append(float(chosen > rejected))
+    return {name: mean_and_stderr(values) for name, values in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +109,7 @@ def test_figures(workers, folder, tmp_path, request, measure: str, layout: str) 
     values = {
         "measure": measure,
         "data": str(folder / ("pairs.jsonl" if measure == "accuracy" else "responses.jsonl")),
-        "models": {name: str(folder / name) for name in NAMES},
+        "models": {name: str(folder / name) for name in (*NAMES, *(["reward"] if measure == "accuracy" else []))},
         "out": str(tmp_path / "out.json"),
         "micro_size": 2,
         "parallel": parallel,

@@ -181,16 +181,16 @@ def test_sampling_one_rollout_ahead(workers, folder: Path, tmp_path: Path) -> No
 
 def run_and_die(values: dict[str, Any], step: int) -> None:
     """A run whose processes are killed when they have sampled the batch of a step and not yet scored it."""
-    score, count = trainer.frozen_outputs, 0
+    score, count = trainer.prepare, 0
 
     def dying(*args: Any) -> Any:
         nonlocal count
         count += 1
-        if count == 2 * step:  # two frozen models a step
+        if count == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return score(*args)
 
-    trainer.frozen_outputs = dying  # the process does not outlive it
+    trainer.prepare = dying  # the process does not outlive it
     run_training(values)
 
 

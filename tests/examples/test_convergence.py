@@ -16,15 +16,17 @@ from megatron_aligndistil.commands.pipeline import PipelineConfig, Stage, read_s
 from megatron_aligndistil.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "examples" / name) for name in ("convergence", "demo")]
+sys.path[:0] = [str(ROOT / "examples" / name) for name in ("convergence", "common", "demo")]
 
 import compare  # noqa: E402
 import curves  # noqa: E402
 import jobs  # noqa: E402
 import plan  # noqa: E402
+import rates  # noqa: E402
 import results  # noqa: E402
 import tables  # noqa: E402
 from jobs import METHODS, Run  # noqa: E402
+from pool import Pool, is_done  # noqa: E402
 from records import write_json, write_jsonl  # noqa: E402
 
 # Curves
@@ -58,10 +60,10 @@ def test_band_and_running_mean_by_hand() -> None:
 
 
 def test_the_best_rate_and_where_to_look_next() -> None:
-    assert curves.best_rate({1e-4: 1.0, 2e-4: 3.0, 4e-4: 3.0}) == 2e-4
-    assert curves.rate_to_try({1e-4: 1.0, 2e-4: 3.0, 4e-4: 2.0}, 2.0) is None
-    assert curves.rate_to_try({1e-4: 5.0, 2e-4: 3.0, 4e-4: 2.0}, 2.0) == 5e-5
-    assert curves.rate_to_try({1e-4: 1.0, 2e-4: 3.0, 4e-4: 4.0}, 2.0) == 8e-4
+    assert rates.best_rate({1e-4: 1.0, 2e-4: 3.0, 4e-4: 3.0}) == 2e-4
+    assert rates.rate_to_try({1e-4: 1.0, 2e-4: 3.0, 4e-4: 2.0}, 2.0) is None
+    assert rates.rate_to_try({1e-4: 5.0, 2e-4: 3.0, 4e-4: 2.0}, 2.0) == 5e-5
+    assert rates.rate_to_try({1e-4: 1.0, 2e-4: 3.0, 4e-4: 4.0}, 2.0) == 8e-4
 
 
 # Runs
@@ -111,21 +113,24 @@ def test_a_run_is_done_when_its_record_has_these_very_settings(tmp_path, monkeyp
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     run = Run("token", batch=8, steps=48, lr=1e-4, seed=1)
-    assert not run.is_done()
+    assert not is_done(run)
     write_json(run.folder / "pipeline.json", {stage.name: stage.fingerprint for stage in stages_of(run)})
-    assert run.is_done()
-    assert not Run("token", batch=8, steps=48, lr=1e-4, seed=2).is_done()
+    assert is_done(run)
+    assert not is_done(Run("token", batch=8, steps=48, lr=1e-4, seed=2))
     record = json.loads((run.folder / "pipeline.json").read_text())
     write_json(run.folder / "pipeline.json", record | {"kl": f"begun {record['kl']}"})
-    assert not run.is_done()
+    assert not is_done(run)
 
 
 def test_a_run_that_fails_is_told_with_its_log(tmp_path, monkeypatch) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)  # where there is no model to begin from
     run = Run("token", batch=8, steps=48, lr=1e-4, seed=1)
-    with pytest.raises(SystemExit, match=r"exit code 1; all that it said is in .*log.txt(.|\n)*runs/demo/sft/policy"):
-        jobs.Pool(2).do([run], [], str)
+    with (
+        Pool(2) as pool,
+        pytest.raises(SystemExit, match=r"exit code 1; all that it said is in .*log.txt(.|\n)*runs/demo/sft/policy"),
+    ):
+        pool.do([run], [], str)
 
 
 # Report

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+)
 
 _SIZES: dict[str, Any] = {
     "num_hidden_layers": 4,
@@ -26,12 +34,26 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(name: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random model, biases and norms too, saved in `folder`; `changes` go to its configuration."""
-    settings = {**_SIZES, **MODELS[name], **changes}
+def make(
+    name: str,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    *,
+    scalar: bool = False,
+    **changes: Any,
+) -> PreTrainedModel:
+    """A random model, biases and norms too, saved in `folder`; `changes` go to its configuration.
+
+    With `scalar` it is a sequence classification model with one label.
+    """
+    settings = {**_SIZES, **MODELS[name], **({"num_labels": 1} if scalar else {}), **changes}
     torch.manual_seed(seed)
     model: PreTrainedModel
-    model = Qwen2ForCausalLM(Qwen2Config(**settings)) if "qwen2" in name else LlamaForCausalLM(LlamaConfig(**settings))
+    if "qwen2" in name:
+        model = (Qwen2ForSequenceClassification if scalar else Qwen2ForCausalLM)(Qwen2Config(**settings))
+    else:
+        model = (LlamaForSequenceClassification if scalar else LlamaForCausalLM)(LlamaConfig(**settings))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.3)

@@ -122,8 +122,9 @@ def test_random_sweep(workers: Workers, data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, 7))
     (found,) = workers.run(1, fused, case, form, rows, V, torch.float64)
     for actual, true in zip(found, dense(case, form), strict=True):
-        # Divergences of 1e-8 are differences of numbers near 1: what is tiny is held to 1e-15 absolutely.
-        torch.testing.assert_close(actual.double(), true, rtol=0, atol=1e-9 * max(float(true.abs().max()), 1e-6))
+        # Tiny divergences are differences of log-probabilities up to 60, and small coefficients divide their rounding:
+        # what is below 1e-4 is held to 1e-13 absolutely.
+        torch.testing.assert_close(actual.double(), true, rtol=0, atol=1e-9 * max(float(true.abs().max()), 1e-4))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])

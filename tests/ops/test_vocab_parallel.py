@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.composed import label_logprobs, normalisers, reverse_kl
+from benchmarks.composed import expected_logprobs, label_logprobs, normalisers, reverse_kl
 from megatron_aligndistil.ops.head import VocabShard
-from megatron_aligndistil.ops.vocab_parallel import expected_logprobs
 from tests.shards import SIZES, VOCABULARIES, assert_same, columns, this_shard
 from tests.workers import Workers
 

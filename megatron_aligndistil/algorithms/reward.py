@@ -1,0 +1,59 @@
+"""Reward models: a number for a whole response, learned from preference pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field
+from torch.nn.functional import logsigmoid
+
+from megatron_aligndistil.algorithms.base import Algorithm, Frozen, HeadKind, LossOutput
+from megatron_aligndistil.config import Section
+from megatron_aligndistil.data.batch import Responses
+from megatron_aligndistil.ops.head import ScalarHead
+
+
+class RewardConfig(Section):
+    name: Literal["reward"] = "reward"
+    """Reward model on pairs; exported as a sequence classification model with one label."""
+    center: float = Field(0.0, ge=0)
+    """Weight of the mean of (r(chosen) + r(rejected))², which keeps rewards around 0; 0 leaves them free."""
+
+
+class Reward(Algorithm):
+    name = "reward"
+    Config = RewardConfig
+    data = "pairs"
+    config: RewardConfig
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return ("reward",)
+
+    def head(self, model: str) -> HeadKind:
+        return "score"
+
+    def loss(self, model: str, head: ScalarHead, responses: Responses, frozen: Mapping[str, Frozen]) -> LossOutput:
+        """L = -log σ(r(x, y_w) - r(x, y_l)), r the number at a row's last token (AlignDistil, eq. 1).
+
+        With `center` > 0, plus center (r(x, y_w) + r(x, y_l))² (Eisenstein et al. 2023). Counted in pairs; a pair with
+        an empty response counts for nothing.
+
+        Metrics, means over pairs: `accuracy` (share of pairs whose margin is above 0), `margin`, `reward_chosen`,
+        `reward_rejected`. No collectives.
+        """
+        reward_chosen_P, reward_rejected_P = head.values().chunk(2)
+        first_P, second_P = responses.lengths_B.chunk(2)
+        full_P = (first_P > 0) & (second_P > 0)
+        count = full_P.sum()
+        margin_P = reward_chosen_P - reward_rejected_P
+        loss_P = -logsigmoid(margin_P) + self.config.center * (reward_chosen_P + reward_rejected_P) ** 2
+        metrics_P = {
+            "accuracy": (margin_P > 0).to(margin_P.dtype),
+            "margin": margin_P,
+            "reward_chosen": reward_chosen_P,
+            "reward_rejected": reward_rejected_P,
+        }
+        metrics = {name: ((value_P.detach() * full_P).sum(), count) for name, value_P in metrics_P.items()}
+        return LossOutput((loss_P * full_P).sum(), count, metrics)
