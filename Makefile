@@ -2,7 +2,7 @@
 # make test                              every check and test
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint gpu-check bench bench-gpu clean
+.PHONY: help setup demo paper test lint gpu-check bench bench-gpu clean
 
 VENV_PYTHON := .venv/bin/python
 
@@ -21,6 +21,10 @@ else ifdef MODEL
 else
 	.venv/bin/aligndistil pipeline --config examples/demo/pipeline.yaml
 endif
+
+paper: setup  ## the paper's tables in small, about 70 minutes; MODEL=folder DATA="files" JUDGE=folder: with that model
+	$(VENV_PYTHON) examples/paper/paper.py $(if $(MODEL),--model $(MODEL),--out docs/results/paper) \
+	    $(if $(DATA),--data $(DATA)) $(if $(JUDGE),--judge $(JUDGE))
 
 test: lint  ## lint, then every test; those that need a GPU are skipped where there is none
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest

@@ -20,16 +20,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples" / "demo"))
+sys.path[:0] = [str(ROOT / "examples" / name) for name in ("common", "demo")]
 
 import charts  # noqa: E402 (the demo's modules must be found first)
 import plan  # noqa: E402
 import tables  # noqa: E402
-from curves import best_rate, rate_to_try  # noqa: E402
-from jobs import CONFIGS, FOLDER, METHODS, MODELS, Pool, Run  # noqa: E402
-from records import read_json, write_json  # noqa: E402
+from jobs import CONFIGS, FOLDER, METHODS, MODELS, Run  # noqa: E402
+from pool import Pool  # noqa: E402
+from rates import best_rate, rate_to_try  # noqa: E402
+from records import as_json, read_json, write_json  # noqa: E402
 from report import markdown_table  # noqa: E402
-from results import as_json, baselines, comparison, run_figures, scores, search_results  # noqa: E402
+from results import baselines, comparison, run_figures, scores, search_results  # noqa: E402
 
 MODELS_STAGE = "dpo and reverse dpo"
 
@@ -130,7 +131,9 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(ROOT)  # where the paths in configurations begin
     make_models()
-    write(compare(Pool(args.jobs), args.batch), args.out)
+    with Pool(args.jobs) as pool:
+        found = compare(pool, args.batch)
+    write(found, args.out)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,16 +88,3 @@ def band(curves: Sequence[Sequence[float]]) -> dict[str, list[float]]:
         "low": [min(values) for values in steps],
         "high": [max(values) for values in steps],
     }
-
-
-def best_rate(scores: Mapping[float, float]) -> float:
-    """The learning rate with the highest score, the lower one of equals."""
-    return max(sorted(scores), key=lambda rate: scores[rate])
-
-
-def rate_to_try(scores: Mapping[float, float], factor: float) -> float | None:
-    """The learning rate beyond the edge of the grid where the best one lies, None where it lies inside."""
-    best = best_rate(scores)
-    if best == min(scores):
-        return best / factor
-    return best * factor if best == max(scores) else None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from curves import MEASURES, Curve, band, best_rate, last_quarter, levels, mean, read_curve, smooth, steps_to
+from curves import MEASURES, Curve, band, last_quarter, levels, mean, read_curve, smooth, steps_to
 from jobs import METHODS, MODELS, Run
 from plan import CRITERIA, SHARES
+from rates import best_rate
 from records import read_json, read_jsonl
 from reward import reward
 from summary import Figure, mean_stderr
@@ -123,17 +122,3 @@ def _steps(seeds: Sequence[list[float]], asked: Levels) -> dict[str, Any]:
         reached = [steps for steps in each if steps is not None]
         found[share] = {"each": each, "mean": mean(reached) if len(reached) == len(each) else None}
     return found
-
-
-def as_json(content: Any) -> str:
-    """Indented JSON with six significant digits and a list of numbers on one line."""
-    text = json.dumps(_rounded(content), indent=1, ensure_ascii=False, allow_nan=False)
-    return re.sub(r"\[[^\[\]{}\"]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
-
-
-def _rounded(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {key: _rounded(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_rounded(value) for value in content]
-    return float(f"{content:.6g}") if isinstance(content, float) else content

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 _WORDS_BY_VALENCE = {
     3: """love loved loves loving wonderful amazing perfect best joy joyful delighted""",
@@ -47,3 +48,8 @@ def reward(text: str) -> float:
     """R of a text, in (-1, 1); 0 where it has no word of the lexicon. Each distinct word counts once."""
     total = sum(VALENCES.get(word, 0) for word in set(words(text)))
     return total / math.sqrt(total * total + NORMALISATION)
+
+
+def rewards(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """R of each completion; what `rollout.reward` calls."""
+    return [reward(text) for text in completions]
