@@ -3,7 +3,8 @@
     python -m benchmarks.loss --out docs/results/loss             # on this machine's CPU
     python -m benchmarks.loss --cuda --out docs/results/loss-gpu  # on its GPU
 
-Writes loss.json (every measurement), loss.md and loss.png. Variants take turns, each in processes of its own.
+Writes loss.json (every measurement, as it is made), loss.md and loss.png. Variants take turns, each in processes of its
+own. Given again, it goes on with what is not measured.
 """
 
 from __future__ import annotations
@@ -48,23 +49,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for loss.json, loss.md and loss.png")
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU, in bf16")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--again", action="store_true", help="measure anew what loss.json in --out holds already")
     arguments = parser.parse_args()
     cases = GPU_CASES if arguments.cuda else CPU_CASES
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    results = []
-    with Progress(*columns) as progress:
-        task = progress.add_task("measuring", total=len(cases) * len(VARIANTS))
-        for case in cases:
-            for variant in VARIANTS:
-                progress.update(task, description=f"{variant} {describe(case)}")
-                if variant not in SINGLE_PROCESS or case["tp"] == 1:
-                    results.append(measure(case, variant, arguments.cuda, arguments.repetitions))
-                progress.advance(task)
+    wanted = [
+        (case, variant) for case in cases for variant in VARIANTS if variant not in SINGLE_PROCESS or case["tp"] == 1
+    ]
+    file = arguments.out / "loss.json"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine(arguments.cuda), "cuda": arguments.cuda, "results": results}
-    (arguments.out / "loss.json").write_text(json.dumps(report, indent=1) + "\n")
+    report = {"machine": machine(arguments.cuda), "cuda": arguments.cuda, "results": []}
+    if file.is_file() and not arguments.again:
+        known = json.loads(file.read_text())
+        report["results"] = known["results"] if known["machine"] == report["machine"] else []
+    measured = {(describe(result), result["variant"]) for result in report["results"]}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns) as progress:
+        for case, variant in progress.track(wanted, description="measuring"):
+            progress.update(progress.task_ids[0], description=f"{variant} {describe(case)}")
+            if (describe(case), variant) not in measured:
+                report["results"].append(measure(case, variant, arguments.cuda, arguments.repetitions))
+                file.write_text(json.dumps(report, indent=1) + "\n")
     (arguments.out / "loss.md").write_text(markdown(report))
-    plot(results, arguments.out / "loss.png")
+    plot(report["results"], arguments.out / "loss.png")
     print(f"wrote {arguments.out}/loss.md")
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 from torch.nn.functional import logsigmoid
 
+from megatron_aligndistil.algorithms._pairs import margin_metrics, pair_loss
 from megatron_aligndistil.algorithms.base import Algorithm, Frozen, HeadKind, LossOutput
 from megatron_aligndistil.config import Section
 from megatron_aligndistil.data.batch import Responses
@@ -43,17 +44,6 @@ class Reward(Algorithm):
         Metrics, means over pairs: `accuracy` (share of pairs whose margin is above 0), `margin`, `reward_chosen`,
         `reward_rejected`. No collectives.
         """
-        reward_chosen_P, reward_rejected_P = head.values().chunk(2)
-        first_P, second_P = responses.lengths_B.chunk(2)
-        full_P = (first_P > 0) & (second_P > 0)
-        count = full_P.sum()
-        margin_P = reward_chosen_P - reward_rejected_P
-        loss_P = -logsigmoid(margin_P) + self.config.center * (reward_chosen_P + reward_rejected_P) ** 2
-        metrics_P = {
-            "accuracy": (margin_P > 0).to(margin_P.dtype),
-            "margin": margin_P,
-            "reward_chosen": reward_chosen_P,
-            "reward_rejected": reward_rejected_P,
-        }
-        metrics = {name: ((value_P.detach() * full_P).sum(), count) for name, value_P in metrics_P.items()}
-        return LossOutput((loss_P * full_P).sum(), count, metrics)
+        chosen_P, rejected_P = head.values().chunk(2)
+        loss_P = -logsigmoid(chosen_P - rejected_P) + self.config.center * (chosen_P + rejected_P) ** 2
+        return pair_loss(responses, loss_P, margin_metrics(chosen_P, rejected_P))
