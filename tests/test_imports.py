@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first. A module may import from the layers below its own, and from its own unless other layers share the line.
 LEVELS = (
     ("errors",),
-    ("config",),
+    ("config", "user_code"),
     ("backends",),
     ("ops",),
     ("data",),

@@ -6,16 +6,13 @@ Importing this package imports no torch, so that the command line can list the a
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import pkgutil
-import sys
 from collections.abc import Mapping
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from megatron_aligndistil import config
 from megatron_aligndistil.errors import ConfigError
+from megatron_aligndistil.user_code import import_module
 
 if TYPE_CHECKING:
     from megatron_aligndistil.algorithms.base import Algorithm
@@ -42,7 +39,7 @@ def load(name: str) -> type[Algorithm]:
         raise ConfigError(f"unknown algorithm.name '{name}'; {hint}")
     from megatron_aligndistil.algorithms.base import Algorithm
 
-    module = _import_file(Path(name)) if from_file else importlib.import_module(f"{__name__}.{name}")
+    module = import_module(name if from_file else f"{__name__}.{name}", "algorithm.name")
     classes = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Algorithm)]
     found = [kind for kind in classes if kind.__module__ == module.__name__ and hasattr(kind, "name")]
     if len(found) != 1:
@@ -50,22 +47,6 @@ def load(name: str) -> type[Algorithm]:
             f"{name} defines {len(found)} algorithms and should define one: a class derived from Algorithm, with a name"
         )
     return found[0]
-
-
-def _import_file(path: Path) -> ModuleType:
-    """The module that a file outside the package holds."""
-    if not path.is_file():
-        raise ConfigError(f"algorithm.name {path} is no file; give the path of a Python file, or one of {available()}")
-    name = f"{__name__}.of_user.{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, "a .py file has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where annotations are looked up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"algorithm.name {path} cannot be imported: {type(error).__name__}: {error}") from error
-    return module
 
 
 def build(section: Mapping[str, Any]) -> Algorithm:

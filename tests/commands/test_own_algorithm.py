@@ -79,7 +79,7 @@ def test_a_file_that_is_no_algorithm_is_told_in_one_line(folder: Path) -> None:
     for name, expected in {
         "empty.py": "defines 0 algorithms and should define one",
         "broken.py": "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'",
-        "absent.py": "algorithm.name absent.py is no file",
+        "absent.py": "algorithm.name: there is no file absent.py; give the path of a Python file",
     }.items():
         result = run(folder, "--algorithm.name", name, *needed)
         assert result.returncode != 0 and len(result.stderr.splitlines()) == 1 and expected in result.stderr
