@@ -14,5 +14,5 @@ def rate_to_try(scores: Mapping[float, float], factor: float) -> float | None:
     """The learning rate beyond the edge of the grid where the best one lies, None where it lies inside."""
     best = best_rate(scores)
     if best == min(scores):
-        return best / factor
-    return best * factor if best == max(scores) else None
+        return float(f"{best / factor:.6g}")  # written as people would write it
+    return float(f"{best * factor:.6g}") if best == max(scores) else None

@@ -54,7 +54,7 @@ class Method:
 
 
 def _beta() -> Own:
-    return Own("beta", 0.1, (0.03, 0.3))
+    return Own("beta", 0.1, (0.3,))
 
 
 # Published values: the paper's, or where it has none ("to tune") that of the method's own authors. A rollout of PPO
@@ -63,23 +63,21 @@ METHODS: dict[str, Method] = {
     "dpo": Method("DPO", {"name": "dpo"}, 75, _beta(), trained="dpo"),
     "kto": Method("KTO", {"name": "kto"}, 85, _beta(), rows=2),
     "tdpo1": Method("TDPO1", {"name": "tdpo", "variant": "tdpo1"}, 80, _beta()),
-    "tdpo2": Method("TDPO2", {"name": "tdpo", "variant": "tdpo2"}, 80, Own("alpha", 0.5, (0.1, 1.0))),
-    "simpo": Method("SimPO", {"name": "simpo", "gamma_beta_ratio": 0.5}, 60, Own("beta", 2.5, (1.0, 10.0))),
-    "ppo": Method(
-        "PPO", {"name": "ppo", "reward": "model"}, 95, Own("kl", 0.01, (0.03, 0.07)), updates=4, critic="reward"
-    ),
-    "rto": Method("RTO", {"name": "rto", "terminal": "none"}, 95, Own("beta2", 0.01, (0.03, 0.07)), updates=4),
+    "tdpo2": Method("TDPO2", {"name": "tdpo", "variant": "tdpo2"}, 80, Own("alpha", 0.5, (1.0,))),
+    "simpo": Method("SimPO", {"name": "simpo", "gamma_beta_ratio": 0.5}, 60, Own("beta", 2.5, (10.0,))),
+    "ppo": Method("PPO", {"name": "ppo", "reward": "model"}, 95, Own("kl", 0.01, (0.07,)), updates=4, critic="reward"),
+    "rto": Method("RTO", {"name": "rto", "terminal": "none"}, 95, Own("beta2", 0.01, (0.07,)), updates=4),
     "rto_terminal": Method(
         "RTO, terminal reward",
         {"name": "rto", "terminal": "model"},
         95,
-        Own("beta2", 0.01, (0.03, 0.07)),
+        Own("beta2", 0.01, (0.07,)),
         updates=4,
         critic="reward",
     ),
-    "off_policy": Method("AlignDistil, off-policy", {"name": "aligndistil"}, 52, Own("r", 5.0, (2.0, 10.0))),
+    "off_policy": Method("AlignDistil, off-policy", {"name": "aligndistil"}, 52, Own("r", 10.0, (2.0,))),
     "on_policy": Method(
-        "AlignDistil, on-policy", {"name": "aligndistil", "on_policy": True}, 65, Own("r", 5.0, (2.0, 10.0))
+        "AlignDistil, on-policy", {"name": "aligndistil", "on_policy": True}, 65, Own("r", 10.0, (2.0,))
     ),
     "ppo_known": Method(
         "PPO on the known reward (upper bound)",
@@ -94,7 +92,7 @@ METHODS: dict[str, Method] = {
         "AlignDistil, off-policy, DPO reward",
         {"name": "aligndistil", "teacher": "vanilla_adaptive"},
         52,
-        Own("r", 5.0, ()),
+        Own("r", 10.0, ()),
         follows="off_policy",
     ),
     **{

@@ -36,7 +36,7 @@ def demo(folder: Path | None) -> Setting:
         variables={name: str(value) for name, value in variables.items()},
         validation=str(folder / "data" / "prompts_validation.jsonl"),
         test=str(DEMO / "data" / "prompts_eval.jsonl"),
-        rates=(1e-4, 3e-4, 1e-3),
+        rates=(3e-4, 1e-3),
         critic_lr=1e-3,
     )
 
@@ -67,7 +67,7 @@ def node(model: str, data: Sequence[str], judge: str, held_out: int, folder: Pat
         variables={name: str(value) for name, value in variables.items()},
         validation=str(folder / "halves" / "train.jsonl"),
         test=str(folder / "halves" / "prompts_eval.jsonl"),
-        rates=(3e-7, 1e-6, 3e-6),
+        rates=(1e-6, 3e-6),
         critic_lr=9e-6,
         judge=judge,
     )
@@ -98,7 +98,7 @@ def in_sentences(setting: Setting) -> list[str]:
         "the reward model.",
         f"Settings are chosen by the mean reward on validation prompts, seed {TUNING_SEED}: first among the "
         f"learning rates {rates} at the published value of the method's own hyper-parameter, up to {EXTENSIONS} "
-        f"more beyond an edge, by a factor of {FACTOR:g}, where the best one lies there; then among two more values "
+        f"more beyond an edge, by a factor of {FACTOR:g}, where the best one lies there; then with one more value "
         "of that hyper-parameter at the best rate. Nothing holds this choice to a KL: a method may win by going "
         "far, and both tables of KL and the plot say where it did. The reward model is chosen by its loss on "
         "validation pairs.",
