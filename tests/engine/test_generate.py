@@ -94,7 +94,10 @@ def test_samples_are_the_same_at_any_layout_and_batch_size(workers, folder: Path
     assert [each.tokens for each in other] != [each.tokens for each in alone]
 
 
-def test_logprobs_are_those_of_a_full_forward(workers, folder: Path) -> None:
+@pytest.mark.parametrize("architecture", ["llama-tied", "qwen3-tied", "mistral-untied"])
+def test_logprobs_are_those_of_a_full_forward(workers, tmp_path: Path, architecture: str) -> None:
+    folder = tmp_path / architecture
+    make_checkpoint(architecture, folder)
     sampling = Sampling(max_new_tokens=10, temperature=0.7, seed=0, stop_tokens=frozenset({1}))
     found = workers.run(2, completions, str(folder), PROMPTS, sampling, ParallelConfig(tp=2), 8)[0]
     model = AutoModelForCausalLM.from_pretrained(folder).eval()

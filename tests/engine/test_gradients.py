@@ -103,7 +103,7 @@ def whole_gradients(chunks, arch: Architecture, parallel: Parallel, distributed:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
-    for architecture in ("qwen2-tied", "llama-untied"):
+    for architecture in ("qwen2-tied", "llama-untied", "qwen3-tied"):
         folder = found[architecture] = tmp_path_factory.mktemp(architecture)
         for seed, name in enumerate(("policy", "dpo", "reverse")):
             make_checkpoint(architecture, folder / name, seed=seed)
@@ -123,14 +123,18 @@ def expected(folders) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("architecture", ["qwen2-tied", "llama-untied"])
+# Norms of queries and keys are whole on every tensor parallel rank, and each rank uses them on heads of its own.
+RUNS = [(architecture, layout) for architecture in ("qwen2-tied", "llama-untied") for layout in LAYOUTS]
+RUNS += [("qwen3-tied", layout) for layout in ("tp2", "tp2 pp2 sp")]
+
+
+@pytest.mark.parametrize(("architecture", "layout"), RUNS)
 def test_gradients(workers, folders, expected, architecture: str, layout: str) -> None:
     world_size, config, distributed = LAYOUTS[layout]
     ranks = workers.run(world_size, gradients, str(folders[architecture]), config, distributed)
     names = {name for rank in ranks for name in rank} - {COPY}
     assert names == expected[architecture].keys()
-    has_copy = architecture == "qwen2-tied" and config.pp > 1
+    has_copy = architecture.endswith("-tied") and config.pp > 1
     assert any(COPY in rank for rank in ranks) == has_copy
     for rank in ranks:
         for name, gradient in rank.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from megatron_aligndistil.config import ParallelConfig, PrecisionConfig
 from megatron_aligndistil.data.batch import MicroBatch, Responses
@@ -38,6 +38,8 @@ CONFIGS = {
     "llama": LlamaConfig(**SHAPE),
     "llama3": LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE),
     "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "mistral": MistralConfig(**SHAPE, sliding_window=None),
 }
 LAYOUTS = {
     "single": (1, ParallelConfig()),
@@ -76,7 +78,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
         for key, parameter in model.named_parameters():
-            if key.endswith("bias"):
+            if key.endswith(("bias", "q_norm.weight", "k_norm.weight")):
                 torch.nn.init.normal_(parameter)
         found[name] = tmp_path_factory.mktemp(name)
         model.save_pretrained(found[name])

@@ -112,7 +112,10 @@ def test_differences_name_field_and_values(tmp_path: Path) -> None:
 
 
 WRONG = {
-    "gpt2": ({"model_type": "gpt2"}, r"model_type 'gpt2', which is not supported; supported: llama, qwen2"),
+    "gpt2": (
+        {"model_type": "gpt2"},
+        r"model_type 'gpt2', which is not supported; supported: llama, mistral, qwen2, qwen3",
+    ),
     "no type": ({"model_type": None}, r"model_type None"),
     "bias": ({"attention_bias": True}, r"attention_bias True, which is not supported; only False is"),
     "gelu": ({"hidden_act": "gelu"}, r"hidden_act 'gelu'"),

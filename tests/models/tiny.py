@@ -7,13 +7,10 @@ from typing import Any
 
 import torch
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
 )
 
 _SIZES: dict[str, Any] = {
@@ -31,6 +28,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2-untied": {"vocab_size": 300, "num_key_value_heads": 2},
     "llama-untied": {"vocab_size": 100, "head_dim": 16},
     "llama-tied": {"vocab_size": 515, "num_key_value_heads": 8, "tie_word_embeddings": True},
+    "qwen3-tied": {"vocab_size": 300, "head_dim": 8, "tie_word_embeddings": True},
+    "mistral-untied": {"vocab_size": 100, "sliding_window": None},
 }
 
 
@@ -49,11 +48,9 @@ def make(
     """
     settings = {**_SIZES, **MODELS[name], **({"num_labels": 1} if scalar else {}), **changes}
     torch.manual_seed(seed)
-    model: PreTrainedModel
-    if "qwen2" in name:
-        model = (Qwen2ForSequenceClassification if scalar else Qwen2ForCausalLM)(Qwen2Config(**settings))
-    else:
-        model = (LlamaForSequenceClassification if scalar else LlamaForCausalLM)(LlamaConfig(**settings))
+    config = AutoConfig.for_model(name.partition("-")[0], **settings)
+    kind = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    model: PreTrainedModel = kind.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.3)
