@@ -56,6 +56,8 @@ class DataConfig(Section):
     """Use only the first so many records."""
     responses: Literal["chosen", "rejected", "both"] = "chosen"
     """Which response of a preference pair an algorithm of single responses (SFT, AlignDistil) learns on."""
+    columns: dict[str, str] = {}
+    """Keys of these records that are called otherwise, ours first: `{prompt: question, chosen: best_answer}`."""
     shuffle: bool = True
     """Draw a new order each epoch."""
 

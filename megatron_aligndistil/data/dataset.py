@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from megatron_aligndistil.config import DataConfig
 from megatron_aligndistil.data.forms import DataForm, Turns, read_turns
@@ -90,7 +90,7 @@ def load_dataset(
     encoder = Encoder(tokenizer)
     report = DatasetReport()
     examples: list[Example] = []
-    for chunk in _chunks(load_records(source, config.max_records)):
+    for chunk in _chunks(_named(record, config.columns) for record in load_records(source, config.max_records)):
         report.records += len(chunk)
         for example in _encode(chunk, encoder, config, form):
             kept = _fit(example, config, form, report)
@@ -99,6 +99,17 @@ def load_dataset(
     if not examples:
         raise DataError(f"{source} gives no example to work on: {report}")
     return TokenDataset(examples), report
+
+
+def _named(record: Record, columns: Mapping[str, str]) -> Record:
+    """The record with its columns under our names. Raises DataError where one is not there."""
+    missing = [theirs for theirs in columns.values() if theirs not in record.values]
+    if missing:
+        raise DataError(
+            f"{record.where} has no {missing[0]}, which data.columns names; its keys are {', '.join(record.values)}"
+        )
+    rest = {key: value for key, value in record.values.items() if key not in columns.values()}
+    return replace(record, values=rest | {ours: record.values[theirs] for ours, theirs in columns.items()})
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:

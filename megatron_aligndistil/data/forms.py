@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from megatron_aligndistil.data.dialects import DIALECTS, translate
 from megatron_aligndistil.data.records import Record
 from megatron_aligndistil.errors import DataError
 
@@ -146,14 +147,18 @@ def read_turns(record: Record, wanted: DataForm) -> Turns:
     Raises DataError, naming the place, where the record is in no form that serves, or a value is not what its key
     says.
     """
+    try:
+        values = translate(record.values)
+    except DataError as error:
+        raise DataError(f"{record.where}: {error}") from None
     forms = [form for form in FORMS if form.kind in _READABLE[wanted]]
     if wanted == "prompts":
         # An unfinished conversation is a prompt, and so is everything before an answer; a bare text has no prompt.
         forms = [form for form in forms if form.read not in (_messages_response, _text)]
     for form in forms:
-        if all(key in record.values for key in form.keys):
+        if all(key in values for key in form.keys):
             try:
-                turns = form.read(record.values)
+                turns = form.read(values)
             except DataError as error:
                 raise DataError(f"{record.where}, read as {form}: {error}") from None
             if wanted == "prompts":
@@ -163,7 +168,8 @@ def read_turns(record: Record, wanted: DataForm) -> Turns:
             return turns
     raise DataError(
         f"{record.where}: a record with the keys {', '.join(map(str, record.values)) or '(none)'} cannot be read as "
-        f"{wanted}; known forms: {', '.join(map(str, forms))}"
+        f"{wanted}; known forms: {', '.join(map(str, forms))}; also {', '.join(DIALECTS)}; "
+        "data.columns says where keys have other names"
     )
 
 

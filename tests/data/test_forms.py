@@ -109,9 +109,9 @@ def test_prompts(values, expected):
     ("values", "wanted", "message"),
     [
         (
-            {"instruction": "a", "output": "b"},
+            {"question": "a", "answer": "b"},
             "responses",
-            r"file.jsonl line 7: a record with the keys instruction, output cannot be read as responses; known forms: "
+            r"file.jsonl line 7: a record with the keys question, answer cannot be read as responses; known forms: "
             r".*\{prompt, chosen, rejected\}.*\{text\}",
         ),
         ({"prompt": "a", "response": "b"}, "pairs", "keys prompt, response cannot be read as pairs; known forms: "),
