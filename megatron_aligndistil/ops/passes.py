@@ -59,7 +59,8 @@ class TorchPasses:
     def distance(self, offsets_KC: Tensor) -> Tensor:
         _, dpo_Cv, negative_Cv = self._exps
         shares_KC1 = offsets_KC.exp()[:, :, None]
-        dpo_Cv.mul_(shares_KC1[1]).addcmul_(negative_Cv, shares_KC1[2], value=-1)
+        # Two products and a difference, not one fused operation: identical models are to have a distance of 0.
+        dpo_Cv.mul_(shares_KC1[1]).sub_(negative_Cv.mul_(shares_KC1[2]))
         return 0.5 * dpo_Cv.abs_().sum(dim=1)
 
     def teacher(
