@@ -126,6 +126,7 @@ def test_label_gradients_and_statistics(interpreter: ProcessPoolExecutor) -> Non
         assert_same(one, other, 1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_for_gpus(capability: int) -> None:
     """To machine code, with every logit read in 16-byte loads where rows are aligned; needs no GPU."""
