@@ -91,7 +91,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "misspelt key": ([*ALIGNDISTIL, "--optim.lrr", "1"], "key optim.lrr; did you mean optim.lr?"),
     "key under its long name": ([*ALIGNDISTIL, "--optim.learning_rate", "1"], "did you mean optim.lr?"),
     "misspelt key of the algorithm": ([*DPO, "--algorithm.bet", "1", *TWO], "did you mean algorithm.beta?"),
-    "no such algorithm": ([*DPO, "--algorithm.name", "dppo", *TWO], "unknown algorithm.name 'dppo'; did you mean dpo?"),
+    "no such algorithm": ([*DPO, "--algorithm.name", "dpoo", *TWO], "unknown algorithm.name 'dpoo'; did you mean dpo?"),
     "keys that are needed": (["train", *TWO], "needs algorithm.name, models.policy, data.train, run.dir; set each"),
     "text for a number": ([*DPO, "--run.steps", "many"], "run.steps = 'many' cannot be used"),
     "not YAML": ([*DPO, "--optim.betas", "[0.9"], "--optim.betas [0.9: the value is not YAML"),
