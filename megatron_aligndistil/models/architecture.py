@@ -11,15 +11,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from megatron_aligndistil.errors import CheckpointError
-from megatron_aligndistil.models.families import family_of
+from megatron_aligndistil.models.families import SCALAR_CLASS, family_of
 from megatron_aligndistil.models.rope import inverse_frequencies
 
 # Megatron splits an embedding evenly over the tensor parallel group, each part a multiple of this.
 _VOCAB_MULTIPLE = 128
 # Neither changes what the model's body computes.
 _NOT_COMPARED = ("max_positions", "init_std", "head")
-# How config.json's `architectures` names transformers' model with one number for an output.
-_SCALAR_CLASS = "ForSequenceClassification"
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class Architecture:
 
 def _is_scalar(config: Mapping[str, Any], where: str) -> bool:
     """Whether config.json describes a sequence classification model; one of several labels is refused."""
-    if not any(str(name).endswith(_SCALAR_CLASS) for name in config.get("architectures") or ()):
+    if not any(str(name).endswith(SCALAR_CLASS) for name in config.get("architectures") or ()):
         return False
     labels = config.get("id2label")
     count = config.get("num_labels", 2) if labels is None else len(labels)  # transformers' own default is 2

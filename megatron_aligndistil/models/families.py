@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from megatron_aligndistil.models.architecture import Architecture
 
 
+# How config.json's `architectures` names transformers' model with one number for an output.
+SCALAR_CLASS = "ForSequenceClassification"
+
+
 @dataclass(frozen=True)
 class Family:
     """How one Hugging Face model type becomes an architecture, and what its parameters are called.
@@ -37,7 +41,7 @@ class Family:
         """The transformers class of a model with this head."""
         if arch.head == "lm":
             return self.model_class
-        return self.model_class.replace("ForCausalLM", "ForSequenceClassification")
+        return self.model_class.replace("ForCausalLM", SCALAR_CLASS)
 
 
 @cache

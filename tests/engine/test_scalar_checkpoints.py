@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from megatron_aligndistil.algorithms.base import Algorithm
 from megatron_aligndistil.commands.convert import ConvertConfig, convert
@@ -20,6 +19,7 @@ from megatron_aligndistil.engine.parallel import parallel_session
 from megatron_aligndistil.engine.sources import find_sources
 from megatron_aligndistil.errors import CheckpointError, ConfigError
 from megatron_aligndistil.models.architecture import require_same
+from tests.engine.test_hf import assert_same, tensors_of
 from tests.engine.tiny import make_checkpoint
 from tests.models.tiny import make
 
@@ -29,17 +29,6 @@ LAYOUTS = {
     "pp2": (2, ParallelConfig(pp=2)),
     "tp2 pp2": (4, ParallelConfig(tp=2, pp=2)),
 }
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor), name
 
 
 def run_conversion(values: dict[str, Any]) -> None:
