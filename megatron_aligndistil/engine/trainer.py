@@ -15,10 +15,10 @@ from megatron_aligndistil import algorithms
 from megatron_aligndistil.algorithms.base import Algorithm, Frozen, LossOutput
 from megatron_aligndistil.config import RolloutConfig, TrainConfig
 from megatron_aligndistil.data.batch import MicroBatch
-from megatron_aligndistil.data.dataset import load_dataset
 from megatron_aligndistil.data.loader import GlobalBatches
-from megatron_aligndistil.data.tokenizer import load_tokenizer, pad_id
+from megatron_aligndistil.data.tokenizer import load_tokenizer
 from megatron_aligndistil.engine import checkpoint, run_folder
+from megatron_aligndistil.engine.batches import load_batches
 from megatron_aligndistil.engine.hf import draw_weights, save_folder
 from megatron_aligndistil.engine.model import build_model, check_fits, freeze, transformer_config
 from megatron_aligndistil.engine.optimiser import Trained, make_trained
@@ -86,8 +86,9 @@ class _Stage:
         self.config, self.algorithm, self.sources, self.parallel = config, algorithm, sources, parallel
         self.arch = sources[algorithm.trained[0]].arch
         self.tokenizer = load_tokenizer(checkpoint.description_folder(config.models.policy))
-        self.batches = self._batches(config.data.train, training=True)
-        self.eval_batches = self._batches(config.data.eval, training=False) if config.data.eval else None
+        read = partial(load_batches, config, algorithm, self.tokenizer, self.arch, parallel)
+        self.batches = read(config.data.train, training=True)
+        self.eval_batches = read(config.data.eval, training=False) if config.data.eval else None
         self.num_steps = config.run.steps or config.run.epochs * self.batches.steps_per_epoch
         check_microbatches(config.batch.global_size // (config.batch.micro_size * parallel.dp), parallel)
         if config.run.save_every and algorithm.data == "prompts" and config.run.save_every % config.rollout.updates:
@@ -98,46 +99,6 @@ class _Stage:
         self.frozen = {name: self._frozen(name) for name in algorithm.frozen if name not in algorithm.trained}
         self.trained = [self._trained(name) for name in algorithm.trained]
         self.rollouts = self._rollouts(self.batches, config.rollout, config.run.seed * 1_000_003, self.num_steps)
-
-    def _batches(self, source: str, training: bool) -> GlobalBatches:
-        config, parallel = self.config, self.parallel
-        on_policy = self.algorithm.data == "prompts"
-        mixed = training and on_policy and config.rollout.on_policy_fraction < 1
-        if mixed and config.rollout.samples > 1:
-            raise ConfigError(
-                "a record has one response of its own; set rollout.samples to 1, or rollout.on_policy_fraction too"
-            )
-        form = "responses" if mixed else self.algorithm.data
-        dataset, report = load_dataset(config.data, source, self.tokenizer, form)
-        if parallel.is_reporter:
-            print(f"{'training' if training else 'evaluation'} data {source}: {report}", flush=True)
-        rows = [row.tokens for example in dataset for row in example]
-        largest, longest = max(int(tokens.max()) for tokens in rows), max(map(len, rows))
-        if largest >= self.arch.vocab_size:
-            raise ConfigError(
-                f"{source} has a token numbered {largest}, and the model knows {self.arch.vocab_size} tokens; "
-                f"put the tokenizer that the model was trained with into {config.models.policy}"
-            )
-        if longest > self.arch.max_positions:
-            raise ConfigError(
-                f"{source} has rows of {longest} tokens and the model {self.arch.max_positions} positions; "
-                f"set data.max_length to {self.arch.max_positions}"
-            )
-        return GlobalBatches(
-            dataset,
-            global_size=config.batch.global_size,
-            micro_size=config.batch.micro_size,
-            dp_rank=parallel.dp_rank,
-            dp_size=parallel.dp,
-            seed=config.run.seed,
-            shuffle=training and config.data.shuffle,
-            drop_last=training,
-            pad_multiple=_pad_multiple(config, parallel),
-            pad_id=self._pad_id,
-            shifted_mask=self.algorithm.shifted_mask,
-            repeat=config.rollout.samples if training and on_policy else 1,
-            max_length=min(config.data.max_length, self.arch.max_positions),
-        )
 
     def _frozen(self, name: str) -> Model:
         source = self.sources[name]
@@ -241,10 +202,6 @@ class _Stage:
         )
         reporter.advance(step + 1, f"{shown}  {tokens_per_second:,.0f} tokens/s")
 
-    @property
-    def _pad_id(self) -> int:
-        return min(pad_id(self.tokenizer), self.arch.vocab_size - 1)
-
     def _prepared(
         self, given: Sequence[MicroBatch], source: GlobalBatches, step: int
     ) -> tuple[list[MicroBatch], list[dict[str, Frozen]]]:
@@ -295,8 +252,3 @@ class _Stage:
 def _given(source: GlobalBatches, step: int) -> Rollout:
     """A global batch read from the data."""
     return Rollout(source.at(step), source.num_tokens(step))
-
-
-def _pad_multiple(config: TrainConfig, parallel: Parallel) -> int:
-    """What sequence lengths must be a multiple of: tp under sequence parallelism, 16 for FP8 products."""
-    return math.lcm(parallel.tp if parallel.sequence_parallel else 1, 16 if config.precision.fp8 else 1)
