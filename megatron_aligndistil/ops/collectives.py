@@ -25,11 +25,11 @@ def gather_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def sum_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum of every rank's `local`, as a new tensor of the same shape.
+    """The sum of every rank's `local`, in its place.
 
     Collectives: one all-reduce over `group`; none where the group is one process or `local` is empty.
     """
-    total = local.detach().clone()
+    total = local.detach()
     if total.numel() and not _alone(group):
         dist.all_reduce(total, group=group)
     return total

@@ -107,7 +107,7 @@ class _Distil(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
         hidden_TH, weight_vH, hidden_grad_TH, weight_grad_vH = ctx.saved_tensors
-        hidden_grad_TH = sum_ranks(hidden_grad_TH * grad, ctx.group).to(hidden_TH.dtype)
+        hidden_grad_TH = sum_ranks(hidden_grad_TH.mul_(grad), ctx.group).to(hidden_TH.dtype)
         return hidden_grad_TH, hand_on(weight_grad_vH.mul_(grad), weight_vH, ctx.main_grad_vH), None
 
 

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from megatron_aligndistil.ops.chunks import chunks, gradients, logits_of
 from megatron_aligndistil.ops.collectives import gather_ranks
 from megatron_aligndistil.ops.head import LMHead
-from megatron_aligndistil.ops.passes import Scored, label_gradient, statistics
-from megatron_aligndistil.ops.vocab_parallel import combine_expected, in_loss_dtype, target_logits
+from megatron_aligndistil.ops.passes import Normalised, label_gradient, statistics
+from megatron_aligndistil.ops.vocab_parallel import Normaliser, combine_expected, in_loss_dtype, target_logits
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class _ForwardKL(torch.autograd.Function):
         reference = LMHead(reference_TH, reference_vH, ctx.shard)
 
         def of_logits(rows: slice) -> Tensor:
-            own = Scored(logits_of(policy, rows), *(part_T[rows] for part_T in normalisers[:2]))
-            other = Scored(logits_of(reference, rows), *(part_T[rows] for part_T in normalisers[2:]))
+            own = Normalised(logits_of(policy, rows), Normaliser(*(part_T[rows] for part_T in normalisers[:2])))
+            other = Normalised(logits_of(reference, rows), Normaliser(*(part_T[rows] for part_T in normalisers[2:])))
             columns_C = targets_T[rows] - policy.shard.start
             return label_gradient(own, columns_C, grad_T[rows], other, kl_grad_T[rows])
 

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from megatron_aligndistil.ops.chunks import chunks, gradients, logits_of
 from megatron_aligndistil.ops.collectives import gather_ranks
 from megatron_aligndistil.ops.head import LMHead
-from megatron_aligndistil.ops.passes import Scored, label_gradient, statistics
-from megatron_aligndistil.ops.vocab_parallel import combine_expected, in_loss_dtype, target_logits
+from megatron_aligndistil.ops.passes import Normalised, label_gradient, statistics
+from megatron_aligndistil.ops.vocab_parallel import Normaliser, combine_expected, in_loss_dtype, target_logits
 
 
 class _LabelLogprobs(torch.autograd.Function):
@@ -40,7 +40,7 @@ class _LabelLogprobs(torch.autograd.Function):
         head = LMHead(hidden_TH, weight_vH, ctx.shard, ctx.main_grad_vH)
 
         def of_logits(rows: slice) -> Tensor:
-            own = Scored(logits_of(head, rows), max_T[rows], logsum_T[rows])
+            own = Normalised(logits_of(head, rows), Normaliser(max_T[rows], logsum_T[rows]))
             return label_gradient(own, targets_T[rows] - head.shard.start, grad_T[rows])
 
         return *gradients(head, ctx.rows, of_logits), None, None, None

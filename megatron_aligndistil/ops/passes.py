@@ -14,6 +14,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from megatron_aligndistil.ops.vocab_parallel import Normaliser
+
 
 class Passes(Protocol):
     """What AlignDistil asks of one chunk's logits, [C, v] of policy, dpo and negative, in this order."""
@@ -135,20 +137,24 @@ def statistics(logits: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One model's logits of a chunk, [C, v], with the two parts of their normaliser over the whole vocabulary, [C]."""
+class Normalised:
+    """One model's logits of a chunk, [C, v], with their normaliser over the whole vocabulary, of [C]."""
 
     logits_Cv: Tensor
-    max_C: Tensor
-    logsum_C: Tensor
+    normaliser: Normaliser
 
     def probabilities(self) -> Tensor:
         """In the place of the logits."""
-        return self.logits_Cv.sub_(self.max_C[:, None]).sub_(self.logsum_C[:, None]).exp_()
+        normaliser = self.normaliser
+        return self.logits_Cv.sub_(normaliser.max_T[:, None]).sub_(normaliser.logsum_T[:, None]).exp_()
 
 
 def label_gradient(
-    own: Scored, columns_C: Tensor, grad_C: Tensor, other: Scored | None = None, kl_grad_C: Tensor | None = None
+    own: Normalised,
+    columns_C: Tensor,
+    grad_C: Tensor,
+    other: Normalised | None = None,
+    kl_grad_C: Tensor | None = None,
 ) -> Tensor:
     """g ([v is the target] - p) + h (p - q), [C, v], in the place of the model's logits; h only with another model q.
 

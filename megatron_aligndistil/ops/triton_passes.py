@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_aligndistil.ops.passes import Scored
+from megatron_aligndistil.ops.passes import Normalised
 
 _BLOCK, _WARPS = 4096, 8
 
@@ -210,17 +210,19 @@ def statistics(logits: Sequence[Tensor]) -> Tensor:
 
 
 def label_gradient(
-    own: Scored, columns_C: Tensor, grad_C: Tensor, other: Scored | None, kl_grad_C: Tensor | None
+    own: Normalised, columns_C: Tensor, grad_C: Tensor, other: Normalised | None, kl_grad_C: Tensor | None
 ) -> Tensor:
     """See :func:`megatron_aligndistil.ops.passes.label_gradient`."""
     logits_Cv = own.logits_Cv
     second, kl_grads_C = other or own, grad_C if kl_grad_C is None else kl_grad_C
+    parts = own.normaliser.max_T, own.normaliser.logsum_T, columns_C, grad_C
+    second_parts = second.normaliser.max_T, second.normaliser.logsum_T, kl_grads_C
     _check([logits_Cv, second.logits_Cv])
     _label_gradient[(len(logits_Cv),)](
         logits_Cv,
-        *(part_C.contiguous() for part_C in (own.max_C, own.logsum_C, columns_C, grad_C)),
+        *(part_C.contiguous() for part_C in parts),
         second.logits_Cv,
-        *(part_C.contiguous() for part_C in (second.max_C, second.logsum_C, kl_grads_C)),
+        *(part_C.contiguous() for part_C in second_parts),
         logits_Cv.size(1),
         logits_Cv.stride(0),
         OTHER=other is not None,

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_aligndistil.ops.passes import Passes, Scored, TorchPasses, label_gradient, statistics
+from megatron_aligndistil.ops.passes import Normalised, Passes, TorchPasses, label_gradient, statistics
+from megatron_aligndistil.ops.vocab_parallel import Normaliser
 from tests.ops.test_distil import ADAPTIVE, VANILLA, dense, make_case
 from tests.shards import assert_same
 
@@ -104,7 +105,10 @@ def interpreted_label_gradient(logits: list[Tensor], numbers: list[Tensor], colu
 def label_gradients(
     label_gradient: Any, statistics: Any, logits: list[Tensor], numbers: list[Tensor], columns_C: Tensor
 ) -> list[Tensor]:
-    own, other = (Scored(logits_Cv.clone(), *parts) for logits_Cv, parts in zip(logits, batched(numbers), strict=True))
+    own, other = (
+        Normalised(logits_Cv.clone(), Normaliser(*parts))
+        for logits_Cv, parts in zip(logits, batched(numbers), strict=True)
+    )
     grad_C, kl_grad_C = numbers[0], numbers[1]
     alone_Cv = label_gradient(replace(own, logits_Cv=logits[0].clone()), columns_C, grad_C, None, None)
     found = [label_gradient(own, columns_C, grad_C, other, kl_grad_C), alone_Cv]
