@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 SERVE = ["fastapi", "uvicorn"]
+# Asking endpoints; AlpacaEval's own model of length-controlled win rates, which scikit-learn 1.10 is to break.
+EVAL = ["openai", "alpaca-eval>=0.6.6,<0.7", "scikit-learn<1.10"]
 
 
 def read_version() -> str:
@@ -25,6 +27,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["megatron_aligndistil", "megatron_aligndistil.*"]),
+    package_data={"megatron_aligndistil": ["commands/pages/*"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.8,<2.15",
@@ -35,8 +38,11 @@ setup(
         "psutil",
         "transformers>=5,<6",
         "datasets",
+        "filelock",
+        "pyarrow",
         "tokenizers",
         "sentencepiece",
+        "protobuf",  # transformers reads SentencePiece models with it
         "safetensors",
         "pydantic>=2.7,<3",
         "pyyaml",
@@ -51,9 +57,10 @@ setup(
         "nemo": ["nemo-toolkit"],
         "wandb": ["wandb"],
         "serve": SERVE,
+        "eval": EVAL,
         "dev": [
             *SERVE,
-            "openai",
+            *EVAL,
             "pytest>=8",
             "hypothesis>=6",
             "ruff>=0.17,<0.18",

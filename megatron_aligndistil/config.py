@@ -60,6 +60,13 @@ class DataConfig(Section):
     """Keys of these records that are called otherwise, ours first: `{prompt: question, chosen: best_answer}`."""
     shuffle: bool = True
     """Draw a new order each epoch."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What a malformed record does: end the run, or be left out, counted, and the first few named."""
+    cache: str | None = None
+    """Folder where tokens are kept for the next start; $ALIGNDISTIL_CACHE, or aligndistil in the user's cache folder
+    ($XDG_CACHE_HOME or ~/.cache), when not given."""
+    workers: int | None = Field(None, ge=1)
+    """Processes that tokenise; for much data one a CPU core, up to 16, when not given."""
 
 
 class ParallelConfig(Section):
@@ -87,7 +94,11 @@ class BatchConfig(Section):
     global_size: int = Field(128, ge=1)
     """Examples (a preference pair is one) in one optimiser step, over all processes."""
     micro_size: int = Field(1, ge=1)
-    """Examples in one forward pass of one data parallel rank."""
+    """Examples in one forward pass of one data parallel rank, their rows padded to one length; has no effect where
+    `max_tokens` is given."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Pack rows one behind another, without padding between them, into forward passes of at most so many tokens, which
+    are shared out evenly over data parallel ranks; a pair stays together. Losses and gradients stay the same."""
 
 
 class OptimConfig(Section):
@@ -156,9 +167,19 @@ class RunConfig(Section):
     save_every: int | None = Field(None, ge=1)
     """Steps between checkpoints; only at the end when not given."""
     keep: int = Field(2, ge=1)
-    """How many checkpoints to keep."""
+    """How many checkpoints to keep, beside the best."""
+    best: str | None = Field(None, pattern=r"^(lowest|highest) eval/\S+$")
+    """Which checkpoint is the best, of those whose step was evaluated: `lowest eval/dpo/loss`, `highest
+    eval/policy/reward` and so on; it stays, and `checkpoints/best` leads to it. The lowest loss of the first trained
+    model when not given (with REINFORCE, PPO and RTO the highest reward)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: attention only (`selective`) or whole layers (`full`)."""
+    max_skipped: int = Field(5, ge=0)
+    """How many steps in a row may be skipped because the loss or the gradient was not finite (NaN or infinite); at one
+    more the run stops, with a checkpoint and the rows in `bad_batches/`. 0 stops at the first."""
+    hang_timeout: float = Field(1800.0, ge=0)
+    """Seconds without progress in any process (longer than any step) after which the run says where each process stands
+    and ends; 0 waits for ever."""
     wandb: str | None = None
     """Weights & Biases project to log to as well."""
 

@@ -15,5 +15,9 @@ class DataError(AlignDistilError, ValueError):
     """A record or file of data that cannot be used; names the file and line where it can."""
 
 
+class RecordError(DataError):
+    """One record that cannot be used, where others may be: what `data.on_error: skip` leaves out."""
+
+
 class CheckpointError(AlignDistilError, RuntimeError):
     """A checkpoint folder that is missing, incomplete, or does not fit the model asked for."""

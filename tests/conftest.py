@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; inherited by workers
+# Tokens of tests are not kept among the user's; inherited too.
+os.environ["ALIGNDISTIL_CACHE"] = _CACHE = tempfile.mkdtemp(prefix="aligndistil-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -45,22 +45,41 @@ class Responses:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Right-padded rows of tokens with the response positions marked.
+class Packing:
+    """Where sequences lie that stand one behind another in a single row of the grid.
 
     Attributes:
-        tokens_BS: int64, padded on the right; padding needs no mask under causal attention.
-        positions_T: int64, indices into the flattened B·S grid of the states that predict response tokens.
+        cu_seqlens: int32, strictly increasing from 0 to the length of the grid's row: the place where each sequence
+            begins, and the end of the last. What is left behind the last row of the data is a sequence of padding.
+        longest: the length of the longest of these sequences.
+    """
+
+    cu_seqlens: Tensor
+    longest: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of tokens with the response positions marked, on a grid in one of two layouts.
+
+    Padded: B rows of S places, each row on its own and padded on the right. Packed: one row of S places that holds all
+    B rows of the data, one behind another (`packing` says where), each seen by a model as if it were alone.
+
+    Attributes:
+        tokens_BS: int64; packed [1, S]. Padding is behind the tokens, so that causal attention needs no mask for it.
+        positions_T: int64, indices into the flattened grid of the states that predict response tokens.
         responses: the same positions as losses see them.
+        packing: None in the padded layout.
     """
 
     tokens_BS: Tensor
     positions_T: Tensor
     responses: Responses
+    packing: Packing | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device`."""
-        r = self.responses
+        r, packing = self.responses, self.packing
         return MicroBatch(
             self.tokens_BS.to(device, non_blocking=True),
             self.positions_T.to(device, non_blocking=True),
@@ -72,14 +91,27 @@ class MicroBatch:
                 ratings_B=None if r.ratings_B is None else r.ratings_B.to(device),
                 sampled_T=None if r.sampled_T is None else r.sampled_T.to(device),
             ),
+            packing and replace(packing, cu_seqlens=packing.cu_seqlens.to(device)),
         )
 
     @property
+    def columns_BS(self) -> Tensor:
+        """int64, of the shape of `tokens_BS`: the place of each token in its own sequence, counted from 0."""
+        length = self.tokens_BS.shape[1]
+        columns_S = torch.arange(length, device=self.tokens_BS.device)
+        if self.packing is not None:
+            starts = self.packing.cu_seqlens.long()
+            columns_S = columns_S - starts[:-1].repeat_interleave(starts.diff(), output_size=length)
+        return columns_S.expand_as(self.tokens_BS)
+
+    @property
     def ends_B(self) -> Tensor:
-        """int64, index into the flattened B·S grid of each row's last token; of a filler row, its first place.
+        """int64, index into the flattened grid of each row's last token; of a filler row, some place of the grid.
 
         It is one place after the state that predicts that token.
         """
-        num_rows, length = self.tokens_BS.shape
-        ends_B = torch.arange(num_rows, device=self.tokens_BS.device) * length
+        ends_B = torch.zeros_like(self.responses.lengths_B)
+        if self.packing is None:
+            num_rows, length = self.tokens_BS.shape
+            ends_B = torch.arange(num_rows, device=self.tokens_BS.device) * length
         return ends_B.scatter_reduce(0, self.responses.rows_T, self.positions_T + 1, "amax")

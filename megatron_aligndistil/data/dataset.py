@@ -1,156 +1,166 @@
-"""Examples: one or two rows of tokens each, made from a source of records."""
+"""Datasets of tokens, made from a source of records and kept on disk."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_aligndistil.config import DataConfig
-from megatron_aligndistil.data.forms import DataForm, Turns, read_turns
-from megatron_aligndistil.data.records import Record, load_records
+from megatron_aligndistil.data.cache import cache_folder, cache_key, cached
+from megatron_aligndistil.data.examples import DatasetReport, ExampleMaker
+from megatron_aligndistil.data.files import Raw
+from megatron_aligndistil.data.forms import DataForm
+from megatron_aligndistil.data.progress import ShareProgress
+from megatron_aligndistil.data.records import Source, open_source
+from megatron_aligndistil.data.token_files import Example, TokenArrays, TokenWriter, fingerprint, lay_out
 from megatron_aligndistil.data.tokenizer import Tokenizer
-from megatron_aligndistil.data.tokens import Encoder, Row, truncate
-from megatron_aligndistil.errors import DataError
-
-Example = tuple[Row, ...]
+from megatron_aligndistil.data.workers import make_in_processes
+from megatron_aligndistil.errors import DataError, RecordError
 
 # Records tokenised together: enough for the tokenizer's threads, and little text in memory at once.
-_CHUNK = 1024
+_CHUNK = 512
+_CHUNK_BYTES = 4 << 20
+_MUCH = 64 << 20  # bytes of records that are worth the start of worker processes
+_MOST_WORKERS = 16
+# What decides which examples there are, beside the records and the tokenizer.
+_SETTINGS = {"max_length", "max_prompt_length", "max_records", "responses", "columns"}
+_SKIP = " (data.on_error: skip leaves such records out)"
 
 
 class TokenDataset:
-    """Examples in the order of their records: (row,), or (chosen, rejected) for a preference pair."""
+    """Examples in the order of their records: (row,), or (chosen, rejected) for a preference pair.
+
+    Args:
+        examples: all with equally many rows, to be kept in memory; :meth:`of` for what is kept elsewhere.
+    """
 
     def __init__(self, examples: Iterable[Example]) -> None:
-        self._examples = list(examples)
+        self._arrays = lay_out(list(examples))
+        self.fingerprint: str | None = None
+        """What tells, where it is known, whether another process has the same examples."""
+
+    @classmethod
+    def of(cls, arrays: TokenArrays, meta: dict[str, Any]) -> TokenDataset:
+        """The examples in some arrays, with what a writer has found out about them."""
+        dataset = cls(())
+        dataset._arrays = arrays
+        dataset.fingerprint = fingerprint(meta["crc32"].values())
+        for name in ("largest_token", "longest_row", "longest_prompt"):
+            dataset.__dict__[name] = meta[name]  # where their properties look first
+        return dataset
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self._arrays.lengths)
 
     def __getitem__(self, index: int) -> Example:
-        return self._examples[index]
+        example = range(len(self))[index]
+        return tuple(self._arrays.row(example, place) for place in range(self.rows_per_example))
 
     def __iter__(self) -> Iterator[Example]:
-        return iter(self._examples)
+        return (self[index] for index in range(len(self)))
 
     @property
     def rows_per_example(self) -> int:
         """1, or 2 for preference pairs."""
-        return len(self._examples[0]) if self._examples else 1
+        return int(self._arrays.lengths.shape[1])
 
+    @property
+    def row_lengths(self) -> NDArray[np.int32]:
+        """int32 [examples, rows_per_example]: tokens of each row, prompt included; reads no tokens."""
+        return self._arrays.lengths
 
-@dataclass
-class DatasetReport:
-    """What became of the records of a source; counts are of examples unless said.
+    @property
+    def uncut_lengths(self) -> NDArray[np.int32]:
+        """int32 [examples, rows_per_example]: tokens that each row had before it was truncated."""
+        return self._arrays.uncut_lengths
 
-    Attributes:
-        records: records read.
-        examples: examples kept.
-        empty: left out because a response (of prompts alone: the prompt) holds nothing that a state could predict.
-        no_room: left out because the prompt alone fills `max_length`.
-        cut_prompts: kept with a prompt that lost its beginning.
-        cut_responses: kept with a response that lost its end, and so its end-of-sequence token.
-        tokens: tokens kept, prompts included.
-    """
+    @cached_property
+    def largest_token(self) -> int:
+        """The largest token id; -1 where there is none."""
+        return int(self._arrays.tokens.max(initial=-1))
 
-    records: int = 0
-    examples: int = 0
-    empty: int = 0
-    no_room: int = 0
-    cut_prompts: int = 0
-    cut_responses: int = 0
-    tokens: int = 0
+    @cached_property
+    def longest_row(self) -> int:
+        """Tokens of the longest row, prompt included."""
+        return int(self._arrays.lengths.max(initial=0))
 
-    def __str__(self) -> str:
-        parts = [f"{self.examples:,} examples with {self.tokens:,} tokens in all, from {self.records:,} records"]
-        reasons = {
-            "left out as empty": self.empty,
-            "left out because the prompt fills max_length": self.no_room,
-            "with the prompt's beginning cut to max_prompt_length": self.cut_prompts,
-            "with a response's end cut to max_length": self.cut_responses,
-        }
-        return "; ".join(parts + [f"{count:,} {reason}" for reason, count in reasons.items() if count])
+    @cached_property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt."""
+        return int(self._arrays.prompt_lengths.max(initial=0))
 
 
 def load_dataset(
     config: DataConfig, source: str, tokenizer: Tokenizer, form: DataForm
 ) -> tuple[TokenDataset, DatasetReport]:
-    """Read, tokenise and truncate a source of records.
+    """The examples of a source of records, tokenised and truncated now, or at an earlier call and kept on disk.
+
+    Any number of processes may call this at once for the same data: one tokenises (see
+    :func:`~megatron_aligndistil.data.cache.cached`) and all map the same files. Records and tokens pass through memory
+    a chunk at a time.
 
     Args:
-        config: lengths, `max_records`, and which response of a pair is learned where `form` is "responses" ("both"
-            makes two examples of a pair, the chosen response's first).
-        source: what :func:`~megatron_aligndistil.data.records.load_records` reads.
-        form: "responses": (row,); "pairs": (chosen, rejected); "prompts": (row,) that is a prompt only, for generation;
-            "unpaired": (row,) rated 1 or 0, a pair making two examples, the chosen response's first.
+        config: see :class:`~megatron_aligndistil.data.examples.ExampleMaker`; also where to keep tokens, and in how
+            many processes to make them.
+        source: what :func:`~megatron_aligndistil.data.records.open_source` reads.
+        form: see :class:`~megatron_aligndistil.data.examples.ExampleMaker`.
 
     Raises DataError where a record cannot be used, naming its place, and where no example is left.
     """
-    encoder = Encoder(tokenizer)
+    records = open_source(source)
+    settings = config.model_dump(include=_SETTINGS) | {"form": form}
+    key = cache_key(records.identity, tokenizer, settings)
+    write = partial(_write, records=records, maker=ExampleMaker(tokenizer, config, form), source=source)
+    arrays, meta = cached(cache_folder(config.cache), key, write)
+    report = DatasetReport(**meta["about"])
+    if report.problems and config.on_error == "fail":  # skipped when the tokens were made
+        raise RecordError(report.problems[0] + _SKIP)
+    return TokenDataset.of(arrays, meta), report
+
+
+def _write(folder: Path, records: Source, maker: ExampleMaker, source: str) -> None:
+    """Tokenise into a folder."""
+    chunks = _chunks(itertools.islice(records, maker.config.max_records))
+    count = _num_workers(maker.config, records)
     report = DatasetReport()
-    examples: list[Example] = []
-    for chunk in _chunks(_named(record, config.columns) for record in load_records(source, config.max_records)):
-        report.records += len(chunk)
-        for example in _encode(chunk, encoder, config, form):
-            kept = _fit(example, config, form, report)
-            if kept is not None:
-                examples.append(kept)
-    if not examples:
-        raise DataError(f"{source} gives no example to work on: {report}")
-    return TokenDataset(examples), report
+    with TokenWriter(folder) as writer, ShareProgress(f"tokenise {source}") as progress:
+        made = map(maker.make, chunks) if count == 1 else make_in_processes(maker, chunks, count)
+        try:
+            for arrays, found in made:
+                writer.add(arrays)
+                report.add(found)
+                progress.update(records.share)
+        except RecordError as error:
+            raise RecordError(f"{error}{_SKIP}") from None
+        if not report.examples:
+            raise DataError(f"{source} gives no example to work on: {report}")
+        writer.finish(asdict(report))
 
 
-def _named(record: Record, columns: Mapping[str, str]) -> Record:
-    """The record with its columns under our names. Raises DataError where one is not there."""
-    missing = [theirs for theirs in columns.values() if theirs not in record.values]
-    if missing:
-        raise DataError(
-            f"{record.where} has no {missing[0]}, which data.columns names; its keys are {', '.join(record.values)}"
-        )
-    rest = {key: value for key, value in record.values.items() if key not in columns.values()}
-    return replace(record, values=rest | {ours: record.values[theirs] for ours, theirs in columns.items()})
+def _num_workers(config: DataConfig, records: Source) -> int:
+    if config.workers is not None:
+        return config.workers
+    if records.num_bytes < _MUCH or config.max_records is not None:
+        return 1
+    return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
 
 
-def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
-    while chunk := list(itertools.islice(records, _CHUNK)):
+def _chunks(records: Iterable[Raw]) -> Iterator[Sequence[Raw]]:
+    chunk: list[Raw] = []
+    size = 0
+    for raw in records:
+        chunk.append(raw)
+        size += len(raw.content) if isinstance(raw.content, bytes) else 0
+        if len(chunk) == _CHUNK or size >= _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
         yield chunk
-
-
-def _encode(chunk: Sequence[Record], encoder: Encoder, config: DataConfig, form: DataForm) -> Iterator[Example]:
-    """The examples of some records, tokenised together."""
-    selected = [(turns, record.where) for record in chunk for turns in _select(record, config, form)]
-    flat = [(turn, where) for turns, where in selected for turn in turns]
-    rows = iter(encoder.encode([turn for turn, _ in flat], [where for _, where in flat]))
-    for turns, _ in selected:
-        yield tuple(itertools.islice(rows, len(turns)))
-
-
-def _select(record: Record, config: DataConfig, form: DataForm) -> Sequence[Turns]:
-    """The examples that a record makes, as turns."""
-    turns = read_turns(record, form)
-    if form == "pairs" or len(turns) == 1:
-        return [turns]
-    if form == "unpaired":
-        return [(turn,) for turn in turns]
-    chosen, rejected = turns
-    return {"chosen": [(chosen,)], "rejected": [(rejected,)], "both": [(chosen,), (rejected,)]}[config.responses]
-
-
-def _fit(example: Example, config: DataConfig, form: DataForm, report: DatasetReport) -> Example | None:
-    """The example within the limits of length, or None where nothing to work on is left; counted either way."""
-    alone = form == "prompts"
-    if any(not (len(row.tokens) if alone else row.num_targets) for row in example):
-        report.empty += 1
-        return None
-    # How long a response to a lone prompt may become is for the generation to say.
-    max_length = config.max_prompt_length if alone else config.max_length
-    kept = tuple(truncate(row, max_prompt_length=config.max_prompt_length, max_length=max_length) for row in example)
-    if not alone and any(not row.num_targets for row in kept):
-        report.no_room += 1
-        return None
-    report.examples += 1
-    report.tokens += sum(len(row.tokens) for row in kept)
-    report.cut_prompts += any(new.prompt_length < old.prompt_length for new, old in zip(kept, example, strict=True))
-    report.cut_responses += any(new.num_targets < old.num_targets for new, old in zip(kept, example, strict=True))
-    return kept

@@ -30,6 +30,8 @@ def translate(values: Values) -> Values:
 
     Raises DataError where a value is not what its key says.
     """
+    if "kto_tag" in values and "label" not in values:  # LLaMA-Factory's name
+        values = {"label" if key == "kto_tag" else key: value for key, value in values.items()}
     for is_one, read in DIALECTS.values():
         if is_one(values):
             return read(values)
@@ -44,19 +46,55 @@ def _sharegpt(values: Values) -> Values:
     rest = {key: value for key, value in values.items() if key not in ("conversations", "system")}
     if "chosen" not in values:
         return rest | {"messages": conversation}
-    return rest | {"prompt": conversation} | {key: [_spoken(values[key], key)] for key in ("chosen", "rejected")}
+    return rest | {"prompt": conversation} | {key: [_spoken(values.get(key), key)] for key in ("chosen", "rejected")}
+
+
+def _answered(values: Values) -> Values:
+    """The same with OpenAI's names: `messages`, with one message each as `chosen` and `rejected` beside them."""
+    rest = {key: value for key, value in values.items() if key != "messages"}
+    return rest | {"prompt": values["messages"]} | {key: [values.get(key)] for key in ("chosen", "rejected")}
 
 
 def _alpaca(values: Values) -> Values:
-    """Alpaca's `instruction`, `input` and `output`, or `chosen` and `rejected` in the output's place."""
-    rest = {key: value for key, value in values.items() if key not in ("instruction", "input", "output")}
+    """Alpaca's `instruction`, `input` and `output`, or `chosen` and `rejected` in the output's place.
+
+    LLaMA-Factory adds `system`, and `history`: pairs of what was said before.
+    """
+    known = ("instruction", "input", "output", "system", "history")
+    rest = {key: value for key, value in values.items() if key not in known}
     parts = [values["instruction"], values.get("input")]
     if any(part is not None and not isinstance(part, str) for part in parts):
         raise DataError("'instruction' or 'input' is no text")
-    prompt = "\n".join(part for part in parts if part)
+    prompt: Any = "\n".join(part for part in parts if part)
+    before = _said_before(values)
+    if before:
+        prompt = [*before, {"role": "user", "content": prompt}]
+    if "chosen" in values and before:
+        return rest | {"prompt": prompt} | {key: [_answer(values.get(key))] for key in ("chosen", "rejected")}
     if "chosen" in values:
         return rest | {"prompt": prompt}
-    return rest | {"prompt": prompt, "completion": values.get("output", "")}
+    output = values.get("output", "")
+    return rest | {"prompt": prompt, "completion": [_answer(output)] if before else output}
+
+
+def _answer(text: Any) -> dict[str, Any]:
+    if not isinstance(text, str):
+        raise DataError("an answer beside 'history' or 'system' is no text")
+    return {"role": "assistant", "content": text}
+
+
+def _said_before(values: Values) -> list[dict[str, Any]]:
+    """The messages before an instruction."""
+    system, history = values.get("system") or "", values.get("history") or []
+    pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+    if not isinstance(system, str) or not pairs or any(not isinstance(text, str) for pair in history for text in pair):
+        raise DataError("'system' is no text, or 'history' no list of pairs of texts")
+    said = [
+        {"role": role, "content": text}
+        for pair in history
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    return [{"role": "system", "content": system}, *said] if system else said
 
 
 def _transcripts(values: Values) -> Values:
@@ -89,7 +127,7 @@ def _messages(transcript: str, key: str) -> list[dict[str, str]]:
 def _spoken(turn: Any, key: str) -> dict[str, Any]:
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
         raise DataError(f"'{key}' holds a turn that is not {{'from': ..., 'value': text}}")
-    if turn.get("from") not in _SPEAKERS:
+    if not isinstance(turn.get("from"), str) or turn["from"] not in _SPEAKERS:
         raise DataError(f"'{key}' holds a turn from {turn.get('from')!r}; known: {', '.join(_SPEAKERS)}")
     return {"role": _SPEAKERS[turn["from"]], "content": turn["value"]}
 
@@ -100,6 +138,10 @@ def _listed(values: Values, key: str) -> list[Any]:
     return list(values[key])
 
 
+def _is_message(values: Values) -> bool:
+    return isinstance(values.get("chosen"), dict) and "role" in values["chosen"]
+
+
 def _has_transcripts(values: Values) -> bool:
     pair = values.get("chosen"), values.get("rejected")
     return "prompt" not in values and all(isinstance(value, str) and _TURN.match(value) for value in pair)
@@ -108,6 +150,7 @@ def _has_transcripts(values: Values) -> bool:
 # What a form is called, how it is told, and how it is read.
 DIALECTS: dict[str, tuple[Callable[[Values], bool], Callable[[Values], Values]]] = {
     "ShareGPT conversations": (lambda values: "conversations" in values, _sharegpt),
+    "messages with an answer chosen": (lambda values: "messages" in values and _is_message(values), _answered),
     "Alpaca instructions": (lambda values: "instruction" in values and "prompt" not in values, _alpaca),
     "HH-RLHF transcripts": (_has_transcripts, _transcripts),
 }

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from megatron_aligndistil.data.dialects import DIALECTS, translate
 from megatron_aligndistil.data.records import Record
-from megatron_aligndistil.errors import DataError
+from megatron_aligndistil.errors import DataError, RecordError
 
 Values = dict[str, Any]
 Message = dict[str, Any]
@@ -144,13 +144,13 @@ def read_turns(record: Record, wanted: DataForm) -> Turns:
 
     For "unpaired" every turn is rated: by its label, and of a pair the chosen response 1, the rejected one 0.
 
-    Raises DataError, naming the place, where the record is in no form that serves, or a value is not what its key
+    Raises RecordError, naming the place, where the record is in no form that serves, or a value is not what its key
     says.
     """
     try:
         values = translate(record.values)
     except DataError as error:
-        raise DataError(f"{record.where}: {error}") from None
+        raise RecordError(f"{record.where}: {error}") from None
     forms = [form for form in FORMS if form.kind in _READABLE[wanted]]
     if wanted == "prompts":
         # An unfinished conversation is a prompt, and so is everything before an answer; a bare text has no prompt.
@@ -160,13 +160,13 @@ def read_turns(record: Record, wanted: DataForm) -> Turns:
             try:
                 turns = form.read(values)
             except DataError as error:
-                raise DataError(f"{record.where}, read as {form}: {error}") from None
+                raise RecordError(f"{record.where}, read as {form}: {error}") from None
             if wanted == "prompts":
                 return (replace(turns[0], response=None),)
             if wanted == "unpaired" and form.kind == "pair":
                 return tuple(replace(turn, rating=rating) for turn, rating in zip(turns, (1.0, 0.0), strict=True))
             return turns
-    raise DataError(
+    raise RecordError(
         f"{record.where}: a record with the keys {', '.join(map(str, record.values)) or '(none)'} cannot be read as "
         f"{wanted}; known forms: {', '.join(map(str, forms))}; also {', '.join(DIALECTS)}; "
         "data.columns says where keys have other names"
@@ -203,8 +203,11 @@ def _messages(value: Any, key: str) -> list[Message]:
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"'{key}' holds a message without a 'role'; a message is {{'role': ..., 'content': ...}}")
-        if message.get("content") is None and message.get("tool_calls") is None:
+        content = message.get("content")
+        if content is None and message.get("tool_calls") is None:
             raise DataError(f"'{key}' holds a message by '{message['role']}' without 'content'")
+        if not isinstance(content, str | list | None):
+            raise DataError(f"'{key}' holds a message whose 'content' is {type(content).__name__}, not text")
     return [{name: part for name, part in message.items() if part is not None} for message in value]
 
 

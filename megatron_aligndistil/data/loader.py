@@ -3,73 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 
 import numpy as np
-import torch
 
-from megatron_aligndistil.data.batch import MicroBatch, Responses
+from megatron_aligndistil.data.batch import MicroBatch
+from megatron_aligndistil.data.collate import collate, pack
 from megatron_aligndistil.data.dataset import Example, TokenDataset
 from megatron_aligndistil.data.mismatched import mismatch
+from megatron_aligndistil.data.packing import share_out
 from megatron_aligndistil.data.tokens import make_row
 from megatron_aligndistil.errors import ConfigError
-
-
-def collate(examples: Sequence[Example], *, length: int, pad_id: int, shifted_mask: bool = False) -> MicroBatch:
-    """Pad examples to rows of `length` tokens and mark the states that predict their responses.
-
-    Rows are the first row of every example, then the second of every example. The states marked for a row of n
-    tokens, p of them its prompt, are p - 1 .. n - 2, of which state t predicts token t + 1. Without a prompt no state
-    predicts the first token, and the marks begin at 0. A filler (a row without tokens) is all padding, of length 0.
-
-    Args:
-        examples: all with the same number of rows.
-        length: S, at least the longest row.
-        pad_id: the token that fills rows up.
-        shifted_mask: mark p .. n - 1 instead, one position late, as the authors' off-policy code does. The last of
-            these is the state after the end of sequence, which predicts nothing in the row: its target is `pad_id`, so
-            this mask is for losses that look at whole distributions and not at targets.
-    """
-    rows = [row for column in zip(*examples, strict=True) for row in column]
-    # One column more than S, so that the last state of a full row has a target too (of the shifted mask).
-    tokens_BS1 = np.full((len(rows), length + 1), pad_id, dtype=np.int64)
-    lengths_B = np.array([row.num_targets for row in rows], dtype=np.int64)
-    ratings_B = np.array([np.nan if row.rating is None else row.rating for row in rows], dtype=np.float32)
-    position_lists, row_lists, sampled_lists = [], [], []
-    for index, row in enumerate(rows):
-        tokens_BS1[index, : len(row.tokens)] = row.tokens
-        stop = len(row.tokens) if shifted_mask else len(row.tokens) - 1
-        position_lists.append(np.arange(stop - lengths_B[index], stop))
-        row_lists.append(np.full(lengths_B[index], index))
-        sampled = np.full(lengths_B[index], np.nan) if row.logprobs is None else row.logprobs
-        sampled_lists.append(sampled[len(sampled) - lengths_B[index] :].astype(np.float32))
-    columns_T = np.concatenate(position_lists).astype(np.int64)
-    rows_T = np.concatenate(row_lists).astype(np.int64)
-    return MicroBatch(
-        tokens_BS=torch.from_numpy(np.ascontiguousarray(tokens_BS1[:, :-1])),
-        positions_T=torch.from_numpy(rows_T * length + columns_T),
-        responses=Responses(
-            targets_T=torch.from_numpy(tokens_BS1[rows_T, columns_T + 1]),
-            rows_T=torch.from_numpy(rows_T),
-            lengths_B=torch.from_numpy(lengths_B),
-            ratings_B=torch.from_numpy(ratings_B),
-            sampled_T=torch.from_numpy(np.concatenate(sampled_lists)),
-        ),
-    )
 
 
 class GlobalBatches:
     """One data parallel rank's micro-batches of every optimiser step.
 
-    The order of examples is a function of (seed, epoch) alone. A global batch is cut into `dp_size` contiguous blocks,
-    and a block into micro-batches, so that reading ranks and micro-batches one after another gives the global batch in
-    its order, whatever `dp_size` and `micro_size`. All micro-batches of a step, on all ranks, have one length S: the
-    longest row of the global batch, rounded up to a multiple of `pad_multiple`; so every rank works on the same shapes.
+    The order of examples is a function of (seed, epoch) alone. How a global batch is cut depends on it alone too:
+
+    - With `micro_size`, into `dp_size` contiguous blocks, and a block into micro-batches, so that reading ranks and
+      micro-batches one after another gives the global batch in its order, whatever `dp_size` and `micro_size`.
+    - With `max_tokens`, by the tokens of its examples (:func:`~megatron_aligndistil.data.packing.share_out`); the rows
+      of a micro-batch then stand one behind another (:func:`~megatron_aligndistil.data.collate.pack`).
+
+    All micro-batches of a step, on all ranks, have one length S: the longest row of the global batch, or the tokens of
+    its largest micro-batch, rounded up to a multiple of `pad_multiple`; so every rank works on the same shapes.
 
     Args:
         dataset: the examples.
         global_size: examples in a step, over all ranks (`batch.global_size`), repetitions included.
-        micro_size: examples in a micro-batch (`batch.micro_size`).
+        micro_size: examples in a micro-batch (`batch.micro_size`), where `max_tokens` is not given.
+        max_tokens: places of a micro-batch (`batch.max_tokens`): pack rows.
+        micro_multiple: what the number of packed micro-batches of a rank is a multiple of (the pipeline parallel size
+            under the interleaved schedule).
         pad_id: the token that fills rows up.
         dp_rank, dp_size: which rank this is, of how many.
         seed: seed of the order.
@@ -77,11 +42,13 @@ class GlobalBatches:
         pad_multiple: what S is a multiple of (the tensor parallel size under sequence parallelism; 16 for FP8).
         drop_last: leave out the examples of an epoch that fill no whole step; otherwise the last step is filled up with
             rows of length 0, which count for nothing, so that every rank has equally many micro-batches.
-        shifted_mask: see :func:`collate`.
+        shifted_mask: see :func:`~megatron_aligndistil.data.collate.collate`.
         repeat: how many times in a row an example stands in a global batch (a prompt that is to be answered n times).
-        max_length: the longest row that may be made of a prompt and another's response; None: the longest of `dataset`.
+        max_length: the longest row that may be made of a prompt and another response; None: the longest of `dataset`.
+        with_mismatched: whether :meth:`mismatched` will be asked for; packed micro-batches leave room for its rows.
 
-    Raises ConfigError where `global_size` cannot be cut so, or the dataset fills no step.
+    Raises ConfigError where `global_size` cannot be cut so, an example has more than `max_tokens`, or the dataset fills
+    no step.
     """
 
     def __init__(
@@ -89,7 +56,9 @@ class GlobalBatches:
         dataset: TokenDataset,
         *,
         global_size: int,
-        micro_size: int,
+        micro_size: int = 1,
+        max_tokens: int | None = None,
+        micro_multiple: int = 1,
         pad_id: int,
         dp_rank: int = 0,
         dp_size: int = 1,
@@ -100,9 +69,10 @@ class GlobalBatches:
         shifted_mask: bool = False,
         repeat: int = 1,
         max_length: int | None = None,
+        with_mismatched: bool = False,
     ) -> None:
         assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
-        if global_size % (micro_size * dp_size):
+        if max_tokens is None and global_size % (micro_size * dp_size):
             above = -(-global_size // (micro_size * dp_size)) * micro_size * dp_size
             raise ConfigError(
                 f"batch.global_size {global_size} is not a multiple of batch.micro_size {micro_size} x {dp_size} data "
@@ -123,6 +93,7 @@ class GlobalBatches:
         self._dataset = dataset
         self._global_size = global_size
         self._micro_size = micro_size
+        self._micro_multiple = micro_multiple
         self._pad_id = pad_id
         self._dp_rank = dp_rank
         self._dp_size = dp_size
@@ -133,6 +104,9 @@ class GlobalBatches:
         self._orders: dict[int, list[int]] = {}
         self._repeat = repeat
         self._max_length = max_length
+        self._with_mismatched = with_mismatched
+        # Of a packed micro-batch without its padding; None where rows are padded.
+        self._capacity = None if max_tokens is None else self._capacity_of(max_tokens)
         whole, rest = divmod(len(dataset), self._num_distinct)
         self.steps_per_epoch: int = whole + (1 if rest and not drop_last else 0)
 
@@ -156,11 +130,14 @@ class GlobalBatches:
 
     def num_tokens(self, step: int) -> int:
         """Tokens in the global batch of a step, prompts included and padding left out."""
-        return sum(len(row.tokens) for example in self.examples(step) for row in example)
+        return int(self._dataset.row_lengths[self.indices(step)].sum())
 
     def at(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step, counted from 0 over all epochs; any step, in any order."""
-        return self.cut(self.examples(step))
+        examples = self.examples(step)
+        # Only packed rows need room for others.
+        beside = self._mismatch(examples) if self._with_mismatched and self._capacity is not None else ()
+        return self.cut(examples, beside)
 
     def mismatched(self, step: int) -> list[MicroBatch]:
         """The micro-batches of :meth:`at` with the responses of other prompts, chosen by :func:`mismatch`.
@@ -168,32 +145,57 @@ class GlobalBatches:
         For examples of one row. As many micro-batches, row for row with the same prompts, but without ratings; their S
         may be another. Which prompt gets which response depends on the global batch alone, not on how it is cut.
         """
-        assert self._dataset.rows_per_example == 1, "pairs have no mismatched responses"
-        rows = mismatch([row for (row,) in self.examples(step)], self._max_length or self._longest)
-        return self.cut([(row,) for row in rows])
+        assert self._capacity is None or self._with_mismatched, "there would be no room for them"
+        examples = self.examples(step)
+        return self.cut(self._mismatch(examples), examples)
 
-    def cut(self, examples: Sequence[Example]) -> list[MicroBatch]:
-        """This rank's micro-batches of a global batch of these examples, filled up where they are fewer."""
-        batch = list(examples)
-        longest = max(1, *(len(row.tokens) for example in batch for row in example))
-        length = -(-longest // self._pad_multiple) * self._pad_multiple
-        filler = (make_row([], []),) * self._dataset.rows_per_example
-        batch += [filler] * (self._global_size - len(batch))
-        share = self._global_size // self._dp_size
-        first = self._dp_rank * share
+    def cut(self, examples: Sequence[Example], beside: Sequence[Example] = ()) -> list[MicroBatch]:
+        """This rank's micro-batches of a global batch of these examples, filled up where they are fewer.
+
+        `beside`, where given, is another global batch of as many examples that is to be cut alike.
+        """
+        if self._capacity is None:
+            form, mine = collate, self._block(examples)
+            longest = max((len(row.tokens) for example in examples for row in example), default=0)
+        else:
+            tokens = list(map(_num_tokens, examples))
+            room = list(map(max, tokens, map(_num_tokens, beside))) if beside else tokens
+            shares = share_out(room, max_tokens=self._capacity, dp_size=self._dp_size, multiple=self._micro_multiple)
+            form, mine = pack, [[examples[index] for index in share] for share in shares[self._dp_rank]]
+            longest = max(sum(tokens[index] for index in share) for rank in shares for share in rank)
+        length = -(-max(longest, 1) // self._pad_multiple) * self._pad_multiple
         return [
-            collate(
-                batch[start : start + self._micro_size],
-                length=length,
-                pad_id=self._pad_id,
-                shifted_mask=self._shifted_mask,
-            )
-            for start in range(first, first + share, self._micro_size)
+            form(each or [self._filler], length=length, pad_id=self._pad_id, shifted_mask=self._shifted_mask)
+            for each in mine
         ]
 
-    @cached_property
-    def _longest(self) -> int:
-        return max(len(row.tokens) for example in self._dataset for row in example)
+    def _block(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """This rank's block of a global batch, by micro-batches of `micro_size`."""
+        full = [*examples, *[self._filler] * (self._global_size - len(examples))]
+        share = self._global_size // self._dp_size
+        starts = range(self._dp_rank * share, (self._dp_rank + 1) * share, self._micro_size)
+        return [full[start : start + self._micro_size] for start in starts]
+
+    @property
+    def _filler(self) -> Example:
+        return (make_row([], []),) * self._dataset.rows_per_example
+
+    def _mismatch(self, examples: Sequence[Example]) -> list[Example]:
+        assert self._dataset.rows_per_example == 1, "pairs have no mismatched responses"
+        return [(row,) for row in mismatch([row for (row,) in examples], self._max_length or self._dataset.longest_row)]
+
+    def _capacity_of(self, max_tokens: int) -> int:
+        """The multiple of `pad_multiple` within `max_tokens`. Raises ConfigError where an example has more."""
+        capacity = max_tokens // self._pad_multiple * self._pad_multiple
+        largest = max(int(self._dataset.row_lengths.sum(1).max(initial=0)), self._max_length or 0)
+        if largest > capacity:
+            needed = -(-largest // self._pad_multiple) * self._pad_multiple
+            what = "a pair of responses with their prompts" if self._dataset.rows_per_example == 2 else "an example"
+            raise ConfigError(
+                f"{what} may have {largest} tokens, more than the {max_tokens} of batch.max_tokens; set it to {needed} "
+                f"or more, or lower data.max_length (for what the policy samples, rollout.max_new_tokens)"
+            )
+        return capacity
 
     def _order(self, epoch: int) -> list[int]:
         if not self._shuffle:
@@ -203,3 +205,7 @@ class GlobalBatches:
             order = np.random.default_rng([self._seed, epoch]).permutation(count) if self._shuffle else np.arange(count)
             self._orders = {epoch: order.tolist()}
         return self._orders[epoch]
+
+
+def _num_tokens(example: Example) -> int:
+    return sum(len(row.tokens) for row in example)

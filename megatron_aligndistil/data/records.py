@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from megatron_aligndistil.errors import DataError
-
-_SUFFIXES = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".json.gz": "json",
-    ".jsonl.gz": "json",
-    ".parquet": "parquet",
-}
+from megatron_aligndistil.data.files import KINDS, Raw, kind_of, raw_json, raw_parquet
+from megatron_aligndistil.errors import DataError, RecordError
 
 
 @dataclass(frozen=True)
@@ -35,118 +26,134 @@ class Record:
     where: str
 
 
-def load_records(source: str, max_records: int | None = None) -> Iterator[Record]:
-    """The records of `source`, in order, read as they are asked for.
+class Source:
+    """Records that can be read, once or more, in order, with little of them in memory at a time.
+
+    Attributes:
+        identity: what would be another if the records were: paths, sizes and times of change of files, or the
+            fingerprint that ``datasets`` gives. Of lists, texts and numbers only.
+        num_bytes: how much there is to read, in bytes on disk.
+    """
+
+    def __init__(self, identity: Any, num_bytes: int) -> None:
+        self.identity = identity
+        self.num_bytes = num_bytes
+        self._share = 0.0
+
+    @property
+    def share(self) -> float:
+        """How much of the source has been read, 0 to 1."""
+        return self._share
+
+    def __iter__(self) -> Iterator[Raw]:
+        raise NotImplementedError
+
+
+class _Files(Source):
+    """Files of one kind, one after another."""
+
+    def __init__(self, files: Sequence[Path], kind: str) -> None:
+        states = [file.stat() for file in files]
+        self._sizes = [state.st_size for state in states]
+        super().__init__(
+            [
+                [str(file.resolve()), state.st_size, state.st_mtime_ns]
+                for file, state in zip(files, states, strict=True)
+            ],
+            sum(self._sizes),
+        )
+        self._files, self._kind = files, kind
+
+    def __iter__(self) -> Iterator[Raw]:
+        before = 0
+        for file, size in zip(self._files, self._sizes, strict=True):
+            for raw, share in raw_json(file) if self._kind == "json" else raw_parquet(file):
+                self._share = (before + share * size) / max(self.num_bytes, 1)
+                yield raw
+            before += size
+
+
+class _Rows(Source):
+    """The rows of a dataset that ``datasets`` has opened."""
+
+    def __init__(self, identity: Any, rows: Any, name: str) -> None:
+        super().__init__(identity, int(rows.data.nbytes))
+        self._rows, self._name = rows, name
+
+    def __iter__(self) -> Iterator[Raw]:
+        for number, values in enumerate(self._rows, 1):
+            self._share = number / len(self._rows)
+            yield Raw(values, f"{self._name} record {number}")
+
+
+def open_source(source: str) -> Source:
+    """Find the records that a name means, without reading them.
 
     Args:
         source: a JSON, JSONL (also gzipped) or Parquet file; a folder of such files, all of one kind, read in the
             order of their names; a folder written by ``datasets`` (``save_to_disk``); or the name of a dataset that
             ``datasets`` can load, with ``:split`` behind it where the split is not ``train``.
-        max_records: stop after so many.
 
-    JSON is read here and not through ``datasets``, which turns text that looks like a date into a date, adds every key
-    to every record, and names no line when a line is malformed.
+    Lines of JSON and Parquet files are read as they are asked for; a file that is one JSON list is read whole. JSON is
+    read here and not through ``datasets``, which turns text that looks like a date into a date, adds every key to
+    every record, and names no line when a line is malformed.
+
+    Raises DataError where there is nothing of that name.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        kind = kind_of(path)
+        if kind is None:
+            raise DataError(f"{source} is no data file by its name; known endings: {', '.join(KINDS)}")
+        return _Files([path], kind)
+    if path.is_dir():
+        return _open_folder(path)
+    if kind_of(path) or source.startswith(("/", "./", "../", "~")):
+        raise DataError(f"there is no data file or folder {source}")
+    name, _, split = source.partition(":")
+    return _open_named(name, split or "train", source)
+
+
+def load_records(source: str, max_records: int | None = None) -> Iterator[Record]:
+    """The records of `source`, in order, read as they are asked for; see :func:`open_source`.
 
     Raises DataError, at the record that is wrong, naming file and line; and where nothing can be read at all.
     """
-    return islice(_read(source), max_records)
+    return map(parse, islice(open_source(source), max_records))
 
 
-def _read(source: str) -> Iterator[Record]:
-    path = Path(source).expanduser()
-    if path.is_file():
-        kind = _kind(path)
-        if kind is None:
-            raise DataError(f"{source} is no data file by its name; known endings: {', '.join(_SUFFIXES)}")
-        yield from _read_file(path, kind)
-    elif path.is_dir():
-        yield from _read_folder(path)
-    elif _kind(path) or source.startswith(("/", "./", "../", "~")):
-        raise DataError(f"there is no data file or folder {source}")
-    else:
-        name, _, split = source.partition(":")
-        yield from _read_named(name, split or "train", source)
+def parse(raw: Raw) -> Record:
+    """The record in a line of JSON, or in values that a library has read. Raises RecordError where it is none."""
+    values = raw.content
+    if isinstance(values, bytes):
+        try:
+            values = json.loads(values.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise RecordError(
+                f"{raw.where}: not UTF-8 text: {error.reason} at byte {error.start + 1}; save the file as UTF-8"
+            ) from None
+        except json.JSONDecodeError as error:
+            raise RecordError(f"{raw.where}: not JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of nested lists
+            raise RecordError(f"{raw.where}: not JSON that can be read: {error}") from None
+    if not isinstance(values, dict):
+        raise RecordError(f"{raw.where}: a record is a mapping of keys to values, not {type(values).__name__}")
+    return Record({key: value for key, value in values.items() if value is not None}, raw.where)
 
 
-def _kind(path: Path) -> str | None:
-    name = path.name.lower()
-    return next((kind for suffix, kind in _SUFFIXES.items() if name.endswith(suffix)), None)
-
-
-def _read_folder(folder: Path) -> Iterator[Record]:
+def _open_folder(folder: Path) -> Source:
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        yield from _read_saved(folder)
-        return
-    files = {path: kind for path in sorted(folder.iterdir()) if path.is_file() and (kind := _kind(path))}
+        return _open_saved(folder)
+    files = {path: kind for path in sorted(folder.iterdir()) if path.is_file() and (kind := kind_of(path))}
     kinds = sorted(set(files.values()))
     if len(kinds) > 1:
         raise DataError(
             f"{folder} holds files of several kinds ({', '.join(kinds)}); name one file, or keep one kind in it"
         )
-    if not files:
-        yield from _read_named(str(folder), "train", str(folder))
-    for path, kind in files.items():
-        yield from _read_file(path, kind)
+    return _Files(list(files), kinds[0]) if files else _open_named(str(folder), "train", str(folder))
 
 
-def _read_file(path: Path, kind: str) -> Iterator[Record]:
-    yield from _read_json(path) if kind == "json" else _read_parquet(path)
-
-
-def _read_json(path: Path) -> Iterator[Record]:
-    """A JSON list of records, or one record a line, whatever the file's ending says."""
-    try:
-        with _open_text(path) as file:
-            first = next((line.lstrip()[:1] for line in file if not line.isspace()), "")
-            file.seek(0)
-            yield from _json_list(file, path) if first == "[" else _json_lines(file, path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-
-
-def _open_text(path: Path) -> IO[str]:
-    if path.name.lower().endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
-
-
-def _json_lines(file: IO[str], path: Path) -> Iterator[Record]:
-    for number, line in enumerate(file, 1):
-        if line.isspace():
-            continue
-        where = f"{path} line {number}"
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-        yield _record(values, where)
-
-
-def _json_list(file: IO[str], path: Path) -> Iterator[Record]:
-    try:
-        items = json.load(file)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
-    for number, values in enumerate(items, 1):
-        yield _record(values, f"{path} record {number}")
-
-
-def _read_parquet(path: Path) -> Iterator[Record]:
-    datasets = _datasets()
-    try:
-        # Streamed: otherwise `datasets` first writes a copy of the file to its cache, once for every process.
-        rows = datasets.load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
-        for number, values in enumerate(rows, 1):
-            yield _record(values, f"{path} record {number}")
-    except DataError:
-        raise
-    except Exception as error:  # whatever pyarrow or `datasets` finds wrong with the file
-        raise DataError(f"{path} cannot be read as Parquet: {_first_line(error)}") from error
-
-
-def _read_saved(folder: Path) -> Iterator[Record]:
+def _open_saved(folder: Path) -> Source:
     datasets = _datasets()
     try:
         saved = datasets.load_from_disk(str(folder))
@@ -156,11 +163,11 @@ def _read_saved(folder: Path) -> Iterator[Record]:
         if "train" not in saved:
             raise DataError(f"{folder} has the splits {', '.join(saved)} and no train; name the folder of one split")
         saved = saved["train"]
-    for number, values in enumerate(saved, 1):
-        yield _record(values, f"{folder} record {number}")
+    files = _Files(sorted(path for path in folder.rglob("*") if path.is_file()), "saved")
+    return _Rows(files.identity, saved, str(folder))
 
 
-def _read_named(name: str, split: str, source: str) -> Iterator[Record]:
+def _open_named(name: str, split: str, source: str) -> Source:
     datasets = _datasets()
     try:
         rows = datasets.load_dataset(name, split=split)
@@ -169,14 +176,7 @@ def _read_named(name: str, split: str, source: str) -> Iterator[Record]:
             f"{source} is neither a file or folder of records nor a dataset that the `datasets` library can load "
             f"(split {split}): {_first_line(error)}"
         ) from error
-    for number, values in enumerate(rows, 1):
-        yield _record(values, f"{source} record {number}")
-
-
-def _record(values: Any, where: str) -> Record:
-    if not isinstance(values, dict):
-        raise DataError(f"{where}: a record is a mapping of keys to values, not {type(values).__name__}")
-    return Record({key: value for key, value in values.items() if value is not None}, where)
+    return _Rows([name, split, rows._fingerprint], rows, source)
 
 
 def _datasets() -> Any:

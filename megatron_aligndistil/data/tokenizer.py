@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_aligndistil.data.sentencepiece_model import follow_model, is_sentencepiece
 from megatron_aligndistil.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -13,7 +15,8 @@ if TYPE_CHECKING:
 else:
     Tokenizer = Any
 
-_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_MODEL = "tokenizer.model"
+_FILES = ("tokenizer.json", _MODEL, "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -23,6 +26,9 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer kept in a folder, with its chat template where it has one. Nothing is downloaded.
+
+    A SentencePiece model (tokenizer.model) with nothing else gives the tokens of SentencePiece itself, begun with its
+    beginning-of-sequence token where it has one.
 
     Raises CheckpointError where the folder holds no tokenizer, or one that transformers cannot read.
     """
@@ -35,10 +41,27 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        if _is_bare(folder):
+            follow_model(tokenizer, folder / _MODEL, adds_bos=bool(_settings(folder).get("add_bos_token", True)))
+        return tokenizer
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers and tokenizers have no common base for what may be wrong with a file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether there is a SentencePiece model, and nothing that says which class of tokenizer reads it."""
+    if (folder / "tokenizer.json").is_file() or "tokenizer_class" in _settings(folder):
+        return False
+    return (folder / _MODEL).is_file() and is_sentencepiece(folder / _MODEL)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def to_text(tokenizer: Tokenizer, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:

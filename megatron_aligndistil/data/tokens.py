@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_aligndistil.data.forms import Message, TokenTurn, Turn
 from megatron_aligndistil.data.tokenizer import Tokenizer, special_ids, vocab_size
-from megatron_aligndistil.errors import DataError
+from megatron_aligndistil.errors import DataError, RecordError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -98,30 +100,57 @@ class Encoder:
     def encode(self, turns: Sequence[Turn | TokenTurn], places: Sequence[str]) -> list[Row]:
         """The row of each turn, with its rating; a turn without a response gives its prompt alone.
 
-        `places` says for each turn where it was read, for the DataError raised where a template refuses a conversation,
-        a token id is outside the vocabulary, or the tokenizer lacks what the turn needs (a template, an end of
-        sequence).
+        `places` says for each turn where it was read. Raises what :meth:`try_encode` raises, and the first RecordError
+        that it returns.
         """
-        texts = [
-            self._render(turn, where) if isinstance(turn, Turn) else None
-            for turn, where in zip(turns, places, strict=True)
-        ]
-        ids = self._tokenise([item for item in texts if item])
         rows = []
-        for turn, item, where in zip(turns, texts, places, strict=True):
-            if isinstance(turn, TokenTurn):
-                row = self._given(turn, where)
-            else:
-                assert item is not None
-                row = self._join(item, ids, where) if item.whole is None else self._split(item, ids, where)
-            rows.append(replace(row, rating=turn.rating))
+        for row in self.try_encode(turns, places):
+            if isinstance(row, RecordError):
+                raise row
+            rows.append(row)
         return rows
+
+    def try_encode(self, turns: Sequence[Turn | TokenTurn], places: Sequence[str]) -> list[Row | RecordError]:
+        """As :meth:`encode`, with what is wrong with a turn (a conversation that the template refuses, a token id
+        outside the vocabulary, half a character) in the place of its row.
+
+        Raises DataError where the tokenizer lacks what a turn needs: a template, an end of sequence.
+        """
+        texts = [_or_error(partial(self._prepare, turn, where)) for turn, where in zip(turns, places, strict=True)]
+        ids = self._tokenise([item for item in texts if isinstance(item, _Rendered)])
+        return [
+            item if isinstance(item, RecordError) else _or_error(partial(self._finish, turn, item, ids, where))
+            for turn, item, where in zip(turns, texts, places, strict=True)
+        ]
+
+    def _prepare(self, turn: Turn | TokenTurn, where: str) -> _Rendered | None:
+        """What is to be tokenised of a turn: nothing of tokens."""
+        if isinstance(turn, TokenTurn):
+            return None
+        rendered = self._render(turn, where)
+        for text in (rendered.prompt, rendered.whole, rendered.response):
+            try:
+                (text or "").encode()
+            except UnicodeEncodeError as error:
+                raise RecordError(
+                    f"{where}: the text holds {error.object[error.start]!r}, half of a character that takes two such "
+                    f"codes"
+                ) from None
+        return rendered
+
+    def _finish(self, turn: Turn | TokenTurn, item: _Rendered | None, ids: dict[str, list[int]], where: str) -> Row:
+        if isinstance(turn, TokenTurn):
+            row = self._given(turn, where)
+        else:
+            assert item is not None
+            row = self._join(item, ids, where) if item.whole is None else self._split(item, ids, where)
+        return replace(row, rating=turn.rating)
 
     def _given(self, turn: TokenTurn, where: str) -> Row:
         response = turn.response or []
         wrong = [token for token in (*turn.prompt, *response) if not 0 <= token < self._vocab_size]
         if wrong:
-            raise DataError(
+            raise RecordError(
                 f"{where}: token id {wrong[0]} is outside the tokenizer's vocabulary of {self._vocab_size}; were these "
                 f"tokens made with another tokenizer?"
             )
@@ -145,19 +174,18 @@ class Encoder:
         answer = {"role": "assistant", "content": response} if isinstance(response, str) else response
         whole = self._apply([*messages, answer], where, generate=False)
         if not whole.startswith(start):
-            raise DataError(
+            raise RecordError(
                 f"{where}: the chat template renders the prompt in another way once a response follows, so the "
                 f"response cannot be told apart; the prompt's rendering ends in {start[-40:]!r}"
             )
         return _Rendered(start, whole=whole)
 
     def _apply(self, messages: list[Message], where: str, *, generate: bool) -> str:
-        from jinja2 import TemplateError
-
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-        except (TemplateError, TypeError) as error:
-            raise DataError(f"{where}: the chat template refuses this conversation: {error}") from error
+        except Exception as error:  # a template is a program: what it may raise has no common base
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RecordError(f"{where}: the chat template refuses this conversation: {reason}") from error
         assert isinstance(text, str)
         return text
 
@@ -194,7 +222,7 @@ class Encoder:
         else:
             end = self._ending(rest)  # some templates end a tool call with a token of its own
         if end is None:
-            raise DataError(f"{where}: the chat template puts no special token behind this response")
+            raise RecordError(f"{where}: the chat template puts no special token behind this response")
         return make_row(prompt, rest[: end + 1])
 
     def _halves(self, texts: _Rendered, ids: dict[str, list[int]]) -> tuple[list[int], list[int]]:
@@ -231,6 +259,13 @@ class Encoder:
                 )
             response = [*response, int(self._tokenizer.eos_token_id)]
         return make_row(prompt, response)
+
+
+def _or_error(make: Callable[[], Result]) -> Result | RecordError:
+    try:
+        return make()
+    except RecordError as error:
+        return error
 
 
 def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:

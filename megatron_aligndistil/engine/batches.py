@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 
+import torch.distributed as dist
+
 from megatron_aligndistil.algorithms.base import Algorithm
 from megatron_aligndistil.config import TrainConfig
-from megatron_aligndistil.data.dataset import load_dataset
+from megatron_aligndistil.data.dataset import TokenDataset, load_dataset
 from megatron_aligndistil.data.loader import GlobalBatches
 from megatron_aligndistil.data.tokenizer import Tokenizer, pad_id
 from megatron_aligndistil.engine.parallel import Parallel
-from megatron_aligndistil.errors import ConfigError
+from megatron_aligndistil.errors import ConfigError, DataError
 from megatron_aligndistil.models.architecture import Architecture
 
 
@@ -26,8 +28,12 @@ def load_batches(
 ) -> GlobalBatches:
     """This data parallel rank's batches of `source`, in the form that `algorithm` learns on.
 
-    Evaluation keeps the records' order and leaves none out. Raises DataError where the records cannot be used, and
-    ConfigError where they do not fit the model or the configuration.
+    Evaluation keeps the records' order and leaves none out. Every process calls this: one of those that share a file
+    system tokenises, and the others wait for a file, not in a collective, whose time would run out. Collectives: one
+    gather of a short text over the world.
+
+    Raises DataError where the records cannot be used, or are others on another machine, and ConfigError where they do
+    not fit the model or the configuration.
     """
     on_policy = algorithm.data == "prompts"
     mixed = training and on_policy and config.rollout.on_policy_fraction < 1
@@ -39,22 +45,23 @@ def load_batches(
     dataset, report = load_dataset(config.data, source, tokenizer, form)
     if parallel.is_reporter:
         print(f"{'training' if training else 'evaluation'} data {source}: {report}", flush=True)
-    rows = [row.tokens for example in dataset for row in example]
-    largest, longest = max(int(tokens.max()) for tokens in rows), max(map(len, rows))
-    if largest >= arch.vocab_size:
+    _check_same(dataset, source)
+    if dataset.largest_token >= arch.vocab_size:
         raise ConfigError(
-            f"{source} has a token numbered {largest}, and the model knows {arch.vocab_size} tokens; "
+            f"{source} has a token numbered {dataset.largest_token}, and the model knows {arch.vocab_size} tokens; "
             f"put the tokenizer that the model was trained with into {config.models.policy}"
         )
-    if longest > arch.max_positions:
+    if dataset.longest_row > arch.max_positions:
         raise ConfigError(
-            f"{source} has rows of {longest} tokens and the model {arch.max_positions} positions; "
+            f"{source} has rows of {dataset.longest_row} tokens and the model {arch.max_positions} positions; "
             f"set data.max_length to {arch.max_positions}"
         )
     return GlobalBatches(
         dataset,
         global_size=config.batch.global_size,
         micro_size=config.batch.micro_size,
+        max_tokens=config.batch.max_tokens,
+        micro_multiple=parallel.pp if parallel.vpp > 1 else 1,
         dp_rank=parallel.dp_rank,
         dp_size=parallel.dp,
         seed=config.run.seed,
@@ -64,8 +71,27 @@ def load_batches(
         pad_id=min(pad_id(tokenizer), arch.vocab_size - 1),
         shifted_mask=algorithm.shifted_mask,
         repeat=config.rollout.samples if training and on_policy else 1,
-        max_length=min(config.data.max_length, arch.max_positions),
+        max_length=_longest_made(config, algorithm, dataset, arch),
+        with_mismatched=bool(algorithm.mismatched),
     )
+
+
+def _check_same(dataset: TokenDataset, source: str) -> None:
+    """Raise DataError where another process of the job has read other records under the same name."""
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, dataset.fingerprint)
+    other = next((rank for rank, each in enumerate(found) if each != found[0]), None)
+    if other is not None:
+        raise DataError(
+            f"{source} holds other records for process {other} than for process 0; copy the same file to every machine"
+        )
+
+
+def _longest_made(config: TrainConfig, algorithm: Algorithm, dataset: TokenDataset, arch: Architecture) -> int | None:
+    """The longest row that may be made of a prompt of `dataset` and a response that is not its own."""
+    if algorithm.data == "prompts":
+        return dataset.longest_prompt + config.rollout.max_new_tokens
+    return min(config.data.max_length, arch.max_positions) if algorithm.mismatched else None
 
 
 def _pad_multiple(config: TrainConfig, parallel: Parallel) -> int:

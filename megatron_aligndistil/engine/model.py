@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_aligndistil.backends import Backend
 from megatron_aligndistil.config import PrecisionConfig
+from megatron_aligndistil.engine.packed import RowAttention, fused_row_attention
 from megatron_aligndistil.engine.parallel import Parallel, dtype_of
 from megatron_aligndistil.errors import ConfigError
 from megatron_aligndistil.models.architecture import Architecture
@@ -164,13 +165,19 @@ def transformer_config(
 
 
 def _block_spec(config: TransformerConfig, arch: Architecture, transformer_engine: bool, vp_stage: int | None):
-    """Transformer Engine's layers where it is present; Megatron's local layers with torch's RMSNorm elsewhere."""
+    """Transformer Engine's layers where it is present; Megatron's local layers with torch's RMSNorm elsewhere.
+
+    Both with a core attention that takes packed rows as well.
+    """
     if transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+        layer.submodules.self_attention.submodules.core_attention = fused_row_attention()
+        return layer
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention: ModuleSpec = layer.submodules.self_attention
+    attention.submodules.core_attention = RowAttention
     if arch.qk_norm:
-        attention: ModuleSpec = layer.submodules.self_attention
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
     return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)
 

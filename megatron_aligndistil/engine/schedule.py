@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_aligndistil.algorithms.base import Frozen, HeadKind, LossOutput, Need
 from megatron_aligndistil.data.batch import MicroBatch, Responses
 from megatron_aligndistil.engine.model import lm_head, scalar_head
+from megatron_aligndistil.engine.packed import packed_seq_params
 from megatron_aligndistil.engine.parallel import Parallel
 from megatron_aligndistil.errors import ConfigError
 from megatron_aligndistil.models.architecture import Architecture
@@ -58,10 +59,13 @@ def _run(
 
     def forward_step(items: Iterator[tuple[MicroBatch, Any]], chunk: torch.nn.Module):
         batch, extra = next(items)
-        _, length = batch.tokens_BS.shape
-        positions_BS = torch.arange(length, device=batch.tokens_BS.device).expand_as(batch.tokens_BS)
         # No mask: rows are padded on the right, where causal attention already hides the padding.
-        hidden = chunk(input_ids=batch.tokens_BS, position_ids=positions_BS, attention_mask=None)
+        hidden = chunk(
+            input_ids=batch.tokens_BS,
+            position_ids=batch.columns_BS,
+            attention_mask=None,
+            packed_seq_params=packed_seq_params(batch),
+        )
         return hidden, partial(on_output, chunk, batch, extra)
 
     num_rows, length = batches[0].tokens_BS.shape

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_aligndistil.config import DataConfig
-from megatron_aligndistil.data.dataset import DatasetReport, load_dataset
+from megatron_aligndistil.data.dataset import load_dataset
+from megatron_aligndistil.data.examples import DatasetReport, ExampleMaker
+from megatron_aligndistil.data.files import Raw
 from megatron_aligndistil.data.tokenizer import load_tokenizer
 from megatron_aligndistil.errors import DataError
-from tests.data.tiny import BOS, EOS, A, B, C, D, make_tokenizer, write_jsonl
+from tests.data.tiny import BOS, EOS, TEMPLATE, A, B, C, D, make_tokenizer, write_jsonl
+
+TOKENIZER = make_tokenizer(template=TEMPLATE)
 
 PAIRS = [
     {"prompt": "a", "chosen": "b", "rejected": "c"},
@@ -109,6 +118,67 @@ def test_errors_name_file_and_line(tmp_path):
         load(tmp_path, PAIRS[1:2], "pairs")
     with pytest.raises(DataError, match="0 records"):
         load(tmp_path, [], "pairs")
+
+
+MALFORMED = {
+    '{"prompt": "a", "chosen": ': r"line 4: not JSON: Expecting value at column 27",
+    '{"prompt": "a", "chosen": "\xe4", "rejected": "b"}': r"line 5: not UTF-8 text: invalid continuation byte",
+    '["a", "b", "c"]': r"line 6: a record is a mapping of keys to values, not list",
+    '{"prompt": "a", "chosen": 3, "rejected": "b"}': r"line 7, read as {prompt, chosen, rejected}: 'chosen' is neither",
+    '{"prompt_tokens": [5], "chosen_tokens": [99], "rejected_tokens": [5]}': r"line 8: token id 99 is outside",
+    '{"prompt": "a \\ud83d", "chosen": "b", "rejected": "c"}': r"line 9: the text holds '\\ud83d', half of a character",
+    '{"prompt": "d d", "chosen": "b", "rejected": "c"}': r"line 10: the chat template refuses .*: no d",
+}
+
+
+def test_malformed_records_end_the_run_or_are_left_out_and_named(tmp_path):
+    template = TEMPLATE.replace(
+        "<turn>", "{% if m.content == 'd d' %}{{ raise_exception('no d') }}{% endif %}<turn>", 1
+    )
+    tokenizer = make_tokenizer(template=template)
+    good = "".join(json.dumps(record) + "\n" for record in PAIRS)
+    source = tmp_path / "records.jsonl"
+    for line, message in MALFORMED.items():
+        number = int(message.partition(":")[0].partition(",")[0].split()[1])
+        source.write_bytes((good + "\n" * (number - 4) + line + "\n" + good).encode("latin-1"))
+        config = DataConfig(train=str(source))
+        with pytest.raises(
+            DataError, match=rf"records.jsonl {message}.* \(data.on_error: skip leaves such records out\)$"
+        ):
+            load_dataset(config, str(source), tokenizer, "pairs")
+    source.write_bytes((good + "\n".join(MALFORMED) + "\n" + good).encode("latin-1"))
+    config = DataConfig(train=str(source), on_error="skip")
+    for _ in range(2):  # made, then read again
+        dataset, report = load_dataset(config, str(source), tokenizer, "pairs")
+        assert (len(dataset), report.records, report.malformed, report.empty) == (4, 13, 7, 2)
+        assert len(report.problems) == 5
+        for problem, message in zip(report.problems, MALFORMED.values(), strict=False):
+            assert re.search(message, problem)
+        assert "; 7 malformed records left out, the first of which are:\n  " in str(report)
+    with pytest.raises(DataError, match="line 4: not JSON"):  # though the tokens are there
+        load_dataset(DataConfig(train=str(source)), str(source), tokenizer, "pairs")
+
+
+def test_what_is_wrong_with_the_tokenizer_is_never_skipped(tmp_path):
+    source = write_jsonl(tmp_path / "records.jsonl", PAIRS)
+    with pytest.raises(DataError, match="line 1: the tokenizer has no eos_token"):
+        load_dataset(DataConfig(train=source, on_error="skip"), source, make_tokenizer(eos=False), "pairs")
+
+
+KEYS = ["prompt", "chosen", "rejected", "messages", "conversations", "from", "value", "role", "content", "label"]
+KEYS += ["instruction", "input", "system", "history", "text", "completion", "prompt_tokens", "response_tokens"]
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["a", "user", "gpt"])
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3)
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES), st.sampled_from(["pairs", "responses", "prompts", "unpaired"]))
+def test_whatever_a_record_holds_it_is_read_or_told(record, form):
+    maker = ExampleMaker(TOKENIZER, DataConfig(train="", on_error="skip"), form)
+    _, report = maker.make([Raw(json.dumps(record).encode(), "line 1"), Raw(record, "row 1")])
+    assert report.records == 2
 
 
 def test_ultrafeedback(shared_data):

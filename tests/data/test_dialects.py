@@ -33,6 +33,36 @@ def test_sharegpt() -> None:
     assert read(SHAREGPT, "prompts") == (Turn([USER], None),)
 
 
+def test_llama_factory_rates_single_answers() -> None:
+    """In the ShareGPT, OpenAI and Alpaca styles; the real file of the kind has `messages` and `label`."""
+    whole = {"conversations": [*SHAREGPT["conversations"], SAID["rejected"]]}
+    expected = (Turn([USER], NO, 0.0),)
+    assert read(whole | {"kto_tag": False}, "unpaired") == expected
+    assert read(whole | {"label": False}, "unpaired") == expected
+    assert read({"messages": [USER, NO], "kto_tag": False}, "unpaired") == expected
+    assert read({"instruction": "Hi", "output": "No", "kto_tag": True}, "unpaired") == (Turn("Hi", "No", 1.0),)
+
+
+def test_messages_with_an_answer_chosen() -> None:
+    values = {"messages": [USER], "chosen": ANSWER, "rejected": NO}
+    assert read(values, "pairs") == (Turn([USER], ANSWER), Turn([USER], NO))
+
+
+def test_alpaca_with_what_was_said_before() -> None:
+    task = {"instruction": "So?", "system": "Be brief.", "history": [["Hi", "Hm"]]}
+    said = [
+        {"role": "system", "content": "Be brief."},
+        USER,
+        {"role": "assistant", "content": "Hm"},
+        {"role": "user", "content": "So?"},
+    ]
+    assert read(task | {"output": "Yes"}, "responses") == (Turn(said, ANSWER),)
+    assert read(task | {"chosen": "Yes", "rejected": "No"}, "pairs") == (Turn(said, ANSWER), Turn(said, NO))
+    assert read({"instruction": "Hi", "system": "", "history": [], "output": "Yes"}, "responses") == (
+        Turn("Hi", "Yes"),
+    )
+
+
 def test_alpaca() -> None:
     task = {"instruction": "Add.", "input": "1 1"}
     assert read(task | {"output": "2"}, "responses") == (Turn("Add.\n1 1", "2"),)
@@ -58,6 +88,9 @@ def test_transcripts() -> None:
         ),
         ({"conversations": []}, "prompts", "'conversations' is no list of turns"),
         (SHAREGPT | {"chosen": "Yes", "rejected": "No"}, "pairs", "'chosen' holds a turn that is not"),
+        ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "prompts", r"a turn from \['gpt'\]; known: "),
+        (SHAREGPT | {"chosen": SAID["chosen"]}, "pairs", "'rejected' holds a turn that is not"),
+        ({"instruction": "Hi", "history": ["Hm"], "output": "2"}, "responses", "'history' no list of pairs of texts"),
         ({"instruction": 3, "output": "2"}, "responses", "'instruction' or 'input' is no text"),
         (
             {"chosen": TALK + " Yes", "rejected": "\n\nHuman: Else\n\nAssistant: No"},

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from megatron_aligndistil.data.batch import MicroBatch
+from megatron_aligndistil.data.collate import collate
 from megatron_aligndistil.data.dataset import TokenDataset
-from megatron_aligndistil.data.loader import GlobalBatches, collate
+from megatron_aligndistil.data.loader import GlobalBatches
 from megatron_aligndistil.data.tokens import Row, make_row
 from megatron_aligndistil.errors import ConfigError
 

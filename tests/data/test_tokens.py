@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import islice
 
 import numpy as np
 import pytest
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -272,8 +274,7 @@ def test_a_response_that_ends_in_white_space_keeps_it(qwen):
 
 
 def test_ultrafeedback_agrees_with_transformers_row_by_row(shared_data, qwen):
-    records = list(islice(load_records(str(shared_data / "ultrafeedback" / "train.jsonl")), 40))
-    turns = [turn for record in records for turn in read_turns(record, "pairs")]
+    turns = [turn for record in ultrafeedback(shared_data) for turn in read_turns(record, "pairs")]
     newline = qwen("\n", add_special_tokens=False)["input_ids"]
     split_apart = 0
     for turn, (prompt, response) in zip(turns, encode(qwen, *turns), strict=True):
@@ -281,6 +282,48 @@ def test_ultrafeedback_agrees_with_transformers_row_by_row(shared_data, qwen):
         split_apart += prompt + response + newline != whole
         assert qwen.decode(response) == turn.response + "<|im_end|>"
     assert split_apart <= sum(turn.response.startswith("\n") for turn in turns)
+
+
+def test_conversations_of_several_turns_agree_with_transformers(shared_data, request):
+    """Real ones, with and without a system turn, token by token on both templates."""
+    records = list(load_records(str(shared_data / "llama_factory" / "dpo_en_demo.json")))
+    turns = [turn for record in records for turn in read_turns(record, "pairs")][:160]
+    roles = {tuple(message["role"] for message in turn.prompt) for turn in turns}
+    assert ("system", "user") in roles and ("user", "assistant", "user", "assistant", "user") in roles
+    for name, behind in (("qwen", "\n"), ("llama3", "")):
+        tokenizer = request.getfixturevalue(name)
+        after = tokenizer(behind, add_special_tokens=False)["input_ids"]
+        split_apart = 0
+        for turn, (prompt, response) in zip(turns, encode(tokenizer, *turns), strict=True):
+            assert prompt == tokenizer.apply_chat_template(turn.prompt, add_generation_prompt=True, return_dict=False)
+            whole = tokenizer.apply_chat_template([*turn.prompt, turn.response], return_dict=False)
+            split_apart += prompt + response + after != whole
+        assert split_apart <= sum(turn.response["content"][:1].isspace() for turn in turns)
+
+
+def test_a_sentencepiece_model_alone_gives_the_tokens_of_sentencepiece(shared_data, tmp_path):
+    shutil.copy(shared_data / "stories260K" / "tok512.model", tmp_path / "tokenizer.model")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer, given = load_tokenizer(tmp_path), load_tokenizer(shared_data / "stories260K" / "hf")
+    model = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    texts = [
+        "Once upon a time",
+        "  two  spaces\nünï 🙂 ",
+        *(record.values["prompt"] for record in ultrafeedback(shared_data)),
+    ]
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == model.encode(text) == given(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == model.decode(ids)
+    assert encode(tokenizer, Turn("Once upon", "a time")) == encode(given, Turn("Once upon", "a time"))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved")(texts[1])["input_ids"] == tokenizer(texts[1])["input_ids"]
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert load_tokenizer(tmp_path)("a")["input_ids"] == model.encode("a")
+
+
+def ultrafeedback(shared_data):
+    return islice(load_records(str(shared_data / "ultrafeedback" / "train.jsonl")), 40)
 
 
 def test_tokens_of_a_sentencepiece_model(shared_data):

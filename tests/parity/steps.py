@@ -43,6 +43,13 @@ class Step:
 def ours(workers: Workers, layout: str, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Step]]:
     """The first step of each of `runs` under one of LAYOUTS, by the name of the trained model."""
     world_size, parallel = LAYOUTS[layout]
+    return steps_of(workers, world_size, parallel, runs)
+
+
+def steps_of(
+    workers: Workers, world_size: int, parallel: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Step]]:
+    """As :func:`ours`, under any layout."""
     common = {"parallel": parallel, "precision": {"dtype": "fp32"}}
     ranks = workers.run(world_size, watch_all, [{**values, **common} for values in runs])
     return [_join(parts) for parts in zip(*ranks, strict=True)]
@@ -71,13 +78,13 @@ def _watch(values: dict[str, Any]) -> dict[str, Step]:
     def one_step(stage: trainer._Stage, _folder: Path) -> None:
         update = Trained.step
 
-        def step(item: Trained) -> float:
+        def step(item: Trained, *args: Any) -> float:
             chunks, arch = item.model.chunks, item.model.arch
             grads[item.name] = whole_gradients(chunks, arch, stage.parallel, stage.config.optim.distributed)
-            return update(item)
+            return update(item, *args)
 
         with patch.object(Trained, "step", step):
-            stage._step(0, Listener())  # type: ignore[arg-type]
+            stage.step(0, Listener())  # type: ignore[arg-type]
 
     with patch.object(trainer._Stage, "run", one_step):
         trainer.train(config.build(config.TrainConfig, values))
