@@ -20,7 +20,7 @@ LEVELS = (
     ("ops",),
     ("data",),
     ("models", "algorithms"),
-    ("engine",),
+    ("engine", "suites"),
     ("commands",),
     ("__main__",),
 )

@@ -104,6 +104,13 @@ def reward_accuracy(responses: Responses, models: Mapping[str, Frozen]) -> dict[
     return found
 
 
+def reward_score(responses: Responses, models: Mapping[str, Frozen]) -> dict[str, Tensor]:
+    """`reward_score`: what the reward model says of each response; needs the score of `reward`."""
+    score_B = models["reward"].score_B
+    assert score_B is not None, "asked for by its need"
+    return {"reward_score": score_B[responses.lengths_B > 0]}
+
+
 def divergence(responses: Responses, models: Mapping[str, Frozen]) -> dict[str, Tensor]:
     """For each response: its KL from every other model, its entropy and its length; needs distributions.
 
