@@ -7,6 +7,7 @@ The stages file (YAML or JSON; paths are relative to --run) looks like this; wha
     title: ...                          # optional, as are about, kl_unit ("nats per response") and
     pairs: pairs/pairs.json             # the figures that pairs.py wrote
     accuracy: accuracy.json             # optional: {"dpo_reward": {"mean", "stderr", "count"}, ...} on held-out pairs
+    inspect: inspect.html               # optional: the page of `aligndistil inspect`, to link to
     compare: [[AlignDistil, DPO]]       # optional: by default each stage named AlignDistil... against DPO
     stages:
       - label: DPO
@@ -22,6 +23,7 @@ With --reward none, for preference data without a known reward, what would need 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +110,8 @@ def side_by_side(plan: Plan, num_prompts: int) -> list[str]:
     return lines
 
 
-def markdown(plan: Plan, report: dict[str, Any], images: dict[str, str], num_prompts: int) -> str:
-    """The whole report.md."""
+def markdown(plan: Plan, report: dict[str, Any], images: dict[str, str], num_prompts: int, folder: Path) -> str:
+    """The whole report.md, to be written into `folder`."""
     has_reward = plan.stages[0].rewards is not None
     lines = [f"# {plan.title}", ""]
     lines += [plan.about, ""] if plan.about else []
@@ -145,6 +147,15 @@ def markdown(plan: Plan, report: dict[str, Any], images: dict[str, str], num_pro
             f"{drawn['agreement']:.1%} of the held-out labels agree with the true reward ({drawn['ties']} ties of "
             f"{drawn['pairs']} left out): they are noisy, as people's are. This is about what the true reward itself "
             "would reach as accuracy on these labels.",
+            "",
+        ]
+    if plan.inspect:
+        page = Path(os.path.relpath(plan.inspect, folder)).as_posix()
+        lines += [
+            "## Token by token",
+            "",
+            f"[{plan.inspect.name}]({page}) shows held-out pairs, their tokens coloured by contrastive reward, TVD, α, "
+            "or KL of the policy from its teacher; open it in a browser.",
             "",
         ]
     lines += ["## Plots", ""]
@@ -185,7 +196,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     images = plots.draw_all(plan, report, {name: accuracy_label(name) for name in plan.accuracy}, args.out)
     write_json(args.out / "report.json", report)
-    (args.out / "report.md").write_text(markdown(plan, report, images, args.samples), encoding="utf-8")
+    (args.out / "report.md").write_text(markdown(plan, report, images, args.samples, args.out), encoding="utf-8")
     header, cells = stage_table(report["stages"], leave_out="kl_reverse")  # to fit 80 columns
     table = Table(title=plan.title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for number, name in enumerate(header):

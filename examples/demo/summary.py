@@ -54,6 +54,7 @@ class Plan:
     stages: list[Stage]
     accuracy: dict[str, Figure]
     pairs: dict[str, Any] | None
+    inspect: Path | None
     compare: list[tuple[str, str]]
 
 
@@ -82,6 +83,7 @@ def read_plan(path: Path, run: Path, with_reward: bool) -> Plan:
         accuracy=read_json(run / content["accuracy"]) if content.get("accuracy") else {},
         # A file that is not there belongs to a step that this pipeline did not have, such as SFT of a pretrained model.
         pairs=read_json(run / content["pairs"]) if _is_there(run, content.get("pairs")) else None,
+        inspect=run / content["inspect"] if _is_there(run, content.get("inspect")) else None,
         compare=compare,
     )
 

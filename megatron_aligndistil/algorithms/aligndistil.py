@@ -67,10 +67,12 @@ class AlignDistil(Algorithm):
         dpo, negative = frozen["dpo"].head, frozen[self.negative].head
         assert dpo is not None and negative is not None, "the engine gives what `frozen` asks for"
         weights_T = responses.lengths_B[responses.rows_T].double().reciprocal()
-        found = distil(head, dpo, negative, responses.targets_T, weights_T, self._form(), self.config.beta0)
+        found = distil(head, dpo, negative, responses.targets_T, weights_T, self.form, self.config.beta0)
         return LossOutput(found.loss_sum, (responses.lengths_B > 0).sum(), self._metrics(responses, found))
 
-    def _form(self) -> TeacherForm:
+    @property
+    def form(self) -> TeacherForm:
+        """How the teacher is composed."""
         base: Literal["dpo", "negative"] = "dpo" if self.negative == "reverse" else "negative"
         if self.config.teacher in ("vanilla", "contrastive"):
             rate, offset = 0.0, self.config.beta0 / self.config.beta

@@ -18,7 +18,7 @@ import yaml
 from pydantic import Field
 
 from megatron_aligndistil import algorithms
-from megatron_aligndistil.commands import convert, evaluate, generate
+from megatron_aligndistil.commands import convert, evaluate, generate, inspect
 from megatron_aligndistil.commands.launch import JOB_VARIABLES
 from megatron_aligndistil.commands.options import describe, parse, processes_for, run_on_processes, take, wants_help
 from megatron_aligndistil.config import Section, TrainConfig, build, merge, read_yaml
@@ -26,8 +26,8 @@ from megatron_aligndistil.errors import AlignDistilError, ConfigError
 
 _USAGE = """usage: aligndistil pipeline --config FILE [--nproc N] [--vars.NAME VALUE ...]
 
-Runs the stages of FILE in order. A stage is a name and one of: train, generate, evaluate, convert (with the keys of
-that command) or script (a Python file and its arguments); `include: FILE` stands for the stages of another file.
+Runs the stages of FILE in order. A stage is a name and one of: train, generate, evaluate, inspect, convert (with the
+keys of that command) or script (a Python file and its arguments); `include: FILE` stands for another file's stages.
 ${NAME} stands for a value of `vars`, ${dir} for the pipeline's folder. `defaults` is laid under every stage. Stages
 that are done are skipped, unless their settings or an earlier stage changed.
 """
@@ -60,6 +60,7 @@ _SCHEMAS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "generate": generate.GenerateConfig,
     "evaluate": evaluate.EvaluateConfig,
+    "inspect": inspect.InspectConfig,
     "convert": convert.ConvertConfig,
 }
 
@@ -142,6 +143,8 @@ def _settings(kind: str, filled: Any, defaults: dict[str, Any], name: str) -> An
             algorithms.build(settings.algorithm)
         elif isinstance(settings, evaluate.EvaluateConfig):
             evaluate.check(settings)
+        elif isinstance(settings, inspect.InspectConfig):
+            inspect.check(settings)
     except ConfigError as error:
         raise ConfigError(f"stage {name}: {error}") from None
     return settings
@@ -205,6 +208,7 @@ _WORK: dict[str, Callable[[Any], None]] = {
     "train": _train,
     "generate": generate.generate,
     "evaluate": evaluate.evaluate,
+    "inspect": inspect.inspect,
     "convert": convert.convert,
 }
 

@@ -271,7 +271,8 @@ def write_run(folder: Path) -> None:
         }
         for label, n in (("DPO", "dpo"), ("AlignDistil", "policy"))
     ]
-    write_json(folder / "stages.json", {"accuracy": "accuracy.json", "stages": entries})
+    (folder / "inspect.html").touch()
+    write_json(folder / "stages.json", {"accuracy": "accuracy.json", "inspect": "inspect.html", "stages": entries})
 
 
 def test_report_has_the_numbers_worked_by_hand(tmp_path, monkeypatch) -> None:
@@ -302,6 +303,7 @@ def test_report_has_the_numbers_worked_by_hand(tmp_path, monkeypatch) -> None:
     assert f"| AlignDistil | {five / 3:.3f} ± " in text
     assert "| 2.50 ± 0.25 | 4.00 ± 0.25 | 2.0 ± 0.6 | 66.7% |" in text
     assert "| DPO reward | 62.5 ± 5.0 | 64 |" in text
+    assert "[inspect.html](../inspect.html) shows held-out pairs" in text
     assert "| AlignDistil | +0.79 | glad love |" in text
     images = re.findall(r"!\[.*\]\((.*)\)", text)
     assert set(images) == {path.name for path in (tmp_path / "out").glob("*.png")}
