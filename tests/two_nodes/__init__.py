@@ -1,0 +1,1 @@
+"""A job on two nodes that a network joins."""
