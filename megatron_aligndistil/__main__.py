@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import traceback
+from typing import Any
 
 from megatron_aligndistil.commands.launch import GRACE_SECONDS
 from megatron_aligndistil.errors import AlignDistilError, ConfigError
@@ -16,9 +17,11 @@ COMMANDS = {
     "train": "train one stage: SFT, DPO, reverse DPO, AlignDistil",
     "pipeline": "run a YAML file of stages, each once",
     "convert": "convert checkpoints between Hugging Face and Megatron",
+    "data": "data inspect: records as the model will see them, and what is left out",
     "generate": "sample responses to prompts",
     "serve": "answer OpenAI's completions and chat routes over HTTP",
-    "evaluate": "reward accuracy and KL of models on a dataset",
+    "evaluate": "reward accuracy, KL and reward of models; benchmarks with a judge (--suite)",
+    "inspect": "responses token by token, on an HTML page",
     "doctor": "what is installed, what will be used, and what to mend",
 }
 
@@ -49,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        _explain_loss(error)
         if _first_to_report():
             _report(error)
         _leave_job()
@@ -63,7 +67,10 @@ def _report(error: Exception) -> None:
         text = f"cannot use {error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     else:
         traceback.print_exception(error)
-        return
+        watch = _watchdog()
+        if watch is None:
+            return
+        text = f"{watch.whereabouts} failed: {type(error).__name__}: {error}"
     print(f"aligndistil: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
@@ -81,6 +88,33 @@ def _first_to_report() -> bool:
     return True
 
 
+def _explain_loss(error: BaseException) -> None:
+    """Where a peer has closed its connection and nobody has told why, leave it to the watchdog to find out and end."""
+    watch = _watchdog()
+    if watch is None or not _is_lost_connection(error):
+        return
+    try:
+        told = watch.num_reported() > 0
+    except RuntimeError:  # the process that held the store is gone
+        told = False
+    if not told:
+        watch.explain()
+
+
+def _is_lost_connection(error: BaseException | None) -> bool:
+    """Whether torch, or gloo below it, says that it could not talk to another process, here or in a cause."""
+    if error is None:
+        return False
+    is_torchs = isinstance(error, sys.modules["torch"].distributed.DistError)
+    return is_torchs or "gloo/transport" in str(error) or _is_lost_connection(error.__cause__ or error.__context__)
+
+
+def _watchdog() -> Any:
+    """The watchdog of this process, where it is one of a job's."""
+    module = sys.modules.get("megatron_aligndistil.engine.watchdog")
+    return module.current() if module is not None and _joined() else None
+
+
 def _joined() -> bool:
     """Whether torch.distributed connects this process with the others of its job."""
     torch = sys.modules.get("torch")
@@ -89,6 +123,9 @@ def _joined() -> bool:
 
 def _leave_job() -> None:
     """End a process that has failed among others without torch's clean-up, which would wait for them or complain."""
+    watch = _watchdog()
+    if watch is not None:
+        watch.failed()
     if _joined() and sys.modules["torch"].distributed.get_world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()

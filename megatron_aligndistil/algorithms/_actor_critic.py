@@ -43,6 +43,10 @@ class ActorCritic(Algorithm):
     def trained(self) -> tuple[str, ...]:
         return ("policy", "critic")
 
+    @property
+    def best(self) -> str:
+        return "highest eval/policy/reward"
+
     def head(self, model: str) -> HeadKind:
         return "values" if model == "critic" else "lm"
 

@@ -96,6 +96,11 @@ class Algorithm(ABC):
         """
         return ("policy",)
 
+    @property
+    def best(self) -> str:
+        """Which evaluation makes a checkpoint the best: `lowest` or `highest`, and the metric."""
+        return f"lowest eval/{self.trained[0]}/loss"
+
     def head(self, model: str) -> HeadKind:
         """What a trained model ends in: an output layer over the vocabulary ("lm"), or one row.
 

@@ -35,6 +35,10 @@ class Reinforce(Algorithm):
     def frozen(self) -> Mapping[str, Need]:
         return {"dpo": "logprobs", "reverse": "logprobs"}
 
+    @property
+    def best(self) -> str:
+        return "highest eval/policy/reward_sampled"
+
     def loss(self, model: str, head: LMHead, responses: Responses, frozen: Mapping[str, Frozen]) -> LossOutput:
         """L = -mean over rows of (1/|y|) Σ_t A_t log π_θ(y_t), y sampled from π_θ; counted in rows.
 

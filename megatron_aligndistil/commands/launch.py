@@ -16,7 +16,7 @@ GRACE_SECONDS = 5.0  # how long the others may go on once one process has failed
 # What says to a process which one of a job it is; torchrun sets these, and so does `run_local`.
 JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL_SECONDS = 0.05
-_FORWARDED = (signal.SIGINT, signal.SIGTERM)
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def under_torchrun() -> bool:
@@ -28,8 +28,8 @@ def run_local(nproc: int, argv: Sequence[str], module: str = "megatron_aligndist
     """Run ``python -m module *argv`` in `nproc` processes on this machine and wait for them.
 
     Each gets the variables that torchrun would set, this process's stdout and stderr, and an equal share of the cores
-    in OMP_NUM_THREADS unless that is set already. SIGINT and SIGTERM are passed on; a second SIGINT ends what the first
-    one left. When one process fails, the others get a moment to end by themselves, then are made to. No process
+    in OMP_NUM_THREADS unless that is set already. SIGINT, SIGTERM and SIGUSR1 are passed on; a second SIGINT ends what
+    the first one left. When one process fails, the others get a moment to end by themselves, then are made to. None
     outlives this one (on Linux, not even when this one is killed).
 
     Returns 0, or the exit code of the first process that failed, 128 + n for one that signal n ended (also reported on

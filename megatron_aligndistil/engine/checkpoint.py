@@ -2,14 +2,16 @@
 
 A checkpoint folder ``step_000100`` holds one distributed checkpoint a trained model, ``<name>/``, and
 ``progress.json``. Inside ``<name>/``, ``hf/`` keeps config.json and the tokenizer, so that the folder alone says what
-the model is. A folder that is being written is called ``step_000100.partial`` and is renamed when it is whole.
+the model is, and ``manifest.json`` the checksums of all else. Nothing else has state: batches are a function of the
+seed and the step, samples of the seed, the step and the weights, and no layer draws random numbers.
 """
 
 from __future__ import annotations
 
+import gc
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +20,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint import CheckpointException
 
+from megatron_aligndistil.engine import kept, manifest
 from megatron_aligndistil.engine.hf import draw_score, load_weights
 from megatron_aligndistil.engine.optimiser import Trained
 from megatron_aligndistil.engine.parallel import Parallel, on_first_rank
+from megatron_aligndistil.engine.snapshot import Snapshot
+from megatron_aligndistil.engine.weights_only import check_common, read_metadata, weights_only
 from megatron_aligndistil.errors import CheckpointError
-from megatron_aligndistil.models.architecture import Architecture
+from megatron_aligndistil.models.architecture import Architecture, require_same
 from megatron_aligndistil.models.hf_folder import copy_companions
 
 # Every parameter's optimiser state is saved by itself, so that a checkpoint loads under any layout.
@@ -91,11 +97,14 @@ def load_model(
 ) -> None:
     """Fill this rank's chunks from a Hugging Face folder or a distributed checkpoint saved under any layout.
 
-    A scalar model may take its body from a language model: its one row is then drawn from `seed`.
+    A scalar model may take its body from a language model: its one row is then drawn from `seed`. A distributed
+    checkpoint's files are compared with their checksums first. Raises CheckpointError on every rank alike.
     """
     if not is_distributed(path):
         load_weights(chunks, path, arch, parallel, seed)
         return
+    require_same({"the model": arch, str(path): read_architecture(path, "any")})
+    manifest.check([Path(path)])
     sharded = _sharded_model(chunks)
     drawn = read_architecture(path, "any").head != arch.head
     if drawn:
@@ -122,90 +131,99 @@ def _fill(chunk: torch.nn.Module, state: dict[str, Any], left_out: set[str] | No
 
 def _load(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
+        backend = json.loads((path / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
+        if backend != "torch_dist":
+            raise CheckpointError(f"{path} has Megatron's format {backend!r}, and only torch_dist can be read")
+        read_metadata(path)
+        check_common(path)
         # Some of Megatron's optimiser states are leaves with gradient, which must not be written in place.
-        with torch.no_grad():
+        with torch.no_grad(), weights_only():
             return dist_checkpointing.load(sharded, str(path))
-    except Exception as error:
-        raise CheckpointError(f"cannot read the distributed checkpoint {path}: {error}") from error
+    except (Exception, CheckpointException) as error:
+        # torch gathers what every rank has to say, in an exception that is no Exception; the first is enough.
+        failures = error.failures if isinstance(error, CheckpointException) else {}
+        reason = next(iter(failures.values()))[0] if failures else error
+        if isinstance(reason, CheckpointError):
+            raise CheckpointError(f"{path} does not fit the model: {reason}") from error
+        raise manifest.DamagedCheckpoint(f"{path} cannot be read: {reason}") from error
 
 
 def save_model(chunks: Sequence[torch.nn.Module], path: Path, source: str | Path, arch: Architecture) -> None:
     """Save a model without optimiser in the distributed format, with the description found at `source`."""
-    _save(_sharded_model(chunks), path, description_folder(source), chunks, arch)
-
-
-def _save(
-    sharded: dict[str, Any], path: Path, description: Path, chunks: Sequence[torch.nn.Module], arch: Architecture
-) -> None:
     on_first_rank(partial(path.mkdir, parents=True, exist_ok=True))
-    dist_checkpointing.save(sharded, str(path))
-
-    def describe() -> None:
-        (path / "hf").mkdir(exist_ok=True)
-        dtype = next(unwrap_model(chunks[0]).parameters()).dtype
-        copy_companions(description, path / "hf", arch, dtype)
-
-    on_first_rank(describe)
+    describe = partial(_describe, description_folder(source), arch, chunks)
+    snapshot = Snapshot(_sharded_model(chunks), path, describe, copy=False)
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, snapshot.write())
+    on_first_rank(lambda: snapshot.finish(parts))
 
 
-def save_training(
-    folder: Path,
-    step: int,
-    trained: Sequence[Trained],
-    sources: Mapping[str, str],
-    keep: int,
-    rollout: Any = None,
-) -> Path:
-    """Write ``folder/step_N``, complete or absent, with everything needed to go on; drop all but the newest `keep`.
+def _describe(description: Path, arch: Architecture, chunks: Sequence[torch.nn.Module], target: Path) -> None:
+    """Write config.json and the tokenizer into `target`."""
+    copy_companions(description, target, arch, next(unwrap_model(chunks[0]).parameters()).dtype)
 
-    Arguments:
-        sources: for each model, the checkpoint that has its description.
-        rollout: what has been sampled for later steps, as JSON can hold it.
+
+def take_snapshot(item: Trained, folder: Path, source: str) -> Snapshot:
+    """Everything of one model under training that is needed to go on, copied as it is now, to be written to `folder`.
+
+    `source` is the checkpoint that has its description. Collectives: those of Megatron, which gathers the states of its
+    distributed optimiser on the first data parallel rank, and of :class:`Snapshot`.
     """
-    final = folder / f"step_{step:06d}"
-    unfinished = final.with_suffix(".partial")
-    on_first_rank(shutil.rmtree, unfinished, True)
-    for item in trained:
-        sharded = _sharded_model(item.model.chunks)
-        sharded["optimizer"] = item.optimizer.sharded_state_dict(sharded, metadata=_OPTIMIZER_FORMAT)
-        sharded["scheduler"] = item.scheduler.state_dict()
-        description = description_folder(sources[item.name])
-        _save(sharded, unfinished / item.name, description, item.model.chunks, item.model.arch)
-
-    def publish() -> None:
-        progress = {"step": step, "models": [item.name for item in trained], "rollout": rollout}
-        (unfinished / "progress.json").write_text(json.dumps(progress))
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        for old in _complete(folder)[:-keep]:
-            shutil.rmtree(old)
-
-    on_first_rank(publish)
-    return final
+    sharded = _training_state(item)
+    return Snapshot(sharded, folder, partial(_describe, description_folder(source), item.model.arch, item.model.chunks))
 
 
-def _complete(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob("step_*/progress.json") if path.parent.suffix != ".partial")
+def _training_state(item: Trained, is_loading: bool = False) -> dict[str, Any]:
+    item.prepare_states()
+    sharded = _sharded_model(item.model.chunks)
+    with _short_collections():
+        sharded["optimizer"] = item.optimizer.sharded_state_dict(
+            sharded, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
+        )
+    sharded["scheduler"] = item.scheduler.state_dict()
+    if not is_loading:
+        sharded["skips"] = item.skips.state()
+    return sharded
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run, if there is one."""
-    found = _complete(folder)
-    return found[-1] if found else None
+@contextmanager
+def _short_collections() -> Iterator[None]:
+    """Inside, Python's collector passes over what is there already.
+
+    Megatron-Core 0.16.1 runs it for every state dict; with all of torch to walk it takes most of the time of a save.
+    """
+    frozen_before = gc.get_freeze_count() > 0
+    if not frozen_before:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen_before:
+            gc.unfreeze()
 
 
-def resume_training(checkpoint: Path, trained: Sequence[Trained]) -> tuple[int, Any]:
-    """Load models, optimisers and schedules saved under any layout; returns the step reached and its `rollout`."""
-    for item in trained:
-        item.prepare_loading()
-        sharded = _sharded_model(item.model.chunks)
-        sharded["optimizer"] = item.optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_OPTIMIZER_FORMAT)
-        sharded["scheduler"] = item.scheduler.state_dict()
-        loaded = _load(sharded, checkpoint / item.name)
-        for index, chunk in enumerate(item.model.chunks):
-            _fill(chunk, loaded[f"model{index}"])
-        item.load_optimizer(loaded["optimizer"])
-        item.load_scheduler(loaded["scheduler"])
-    dist.barrier()
-    progress = json.loads((checkpoint / "progress.json").read_text())
-    return progress["step"], progress.get("rollout")
+def resume_training(checkpoint: Path, trained: Sequence[Trained]) -> dict[str, Any]:
+    """Load models, optimisers and schedules saved under any layout; returns what ``progress.json`` says.
+
+    Raises CheckpointError on every rank alike, where a file is damaged with the older checkpoint that can be used.
+    """
+    try:
+        progress = on_first_rank(kept.read_progress, checkpoint)
+        manifest.check([checkpoint / item.name for item in trained])
+        for item in trained:
+            _resume(checkpoint / item.name, item)
+    except manifest.DamagedCheckpoint as error:
+        older = kept.latest(checkpoint.parent, before=checkpoint)
+        rest = f"go on from {older}" if older else "begin again; there is no older checkpoint"
+        raise CheckpointError(f"{error}; delete {checkpoint} to {rest}") from error
+    return progress
+
+
+def _resume(path: Path, item: Trained) -> None:
+    require_same({f"the model {item.name}": item.model.arch, str(path): read_architecture(path, "any")})
+    loaded = _load(_training_state(item, is_loading=True), path)
+    for index, chunk in enumerate(item.model.chunks):
+        _fill(chunk, loaded[f"model{index}"])
+    item.load_optimizer(loaded["optimizer"])
+    item.load_scheduler(loaded["scheduler"])
+    item.skips.load(loaded.get("skips"))

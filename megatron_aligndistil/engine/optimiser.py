@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
@@ -19,6 +21,7 @@ from torch import Tensor
 from megatron_aligndistil.config import OptimConfig
 from megatron_aligndistil.engine.parallel import Parallel
 from megatron_aligndistil.engine.schedule import Model
+from megatron_aligndistil.engine.skips import Skips
 from megatron_aligndistil.models.architecture import Architecture
 
 
@@ -30,6 +33,7 @@ class Trained:
     model: Model
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    skips: Skips = field(default_factory=Skips)
 
     def zero_grad(self) -> None:
         """Clear gradient buffers before a step."""
@@ -37,14 +41,40 @@ class Trained:
             cast(DistributedDataParallel, chunk).zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def step(self) -> float:
+    def step(self, loss_sums: Sequence[Tensor]) -> float:
         """Clip, update the weights and advance the learning rate; returns the gradient norm before clipping.
 
-        Collectives: one all-reduce of the norm; with the distributed optimiser an all-gather of updated weights.
+        Where a loss or the gradient norm is not finite on any rank, all ranks leave the update out: weights, master
+        weights and the optimiser's moments and step counts stay as they are, and `skips` counts it. The learning rate
+        advances all the same: it belongs to the place in the data, and a run with skipped steps ends at its final rate.
+
+        Arguments:
+            loss_sums: the loss of every micro-batch on the last pipeline stage; empty on others.
+
+        Collectives: one all-reduce of the norm; one of a flag over the world, which is the decision; with the
+        distributed optimiser an all-gather of updated weights.
         """
-        _, grad_norm, _ = self.optimizer.step()
+        # What `self.optimizer.step()` does, with a look at the norm before anything is changed.
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        finite = self._all_finite(loss_sums, grad_norm)
+        if finite:
+            for part in self._parts:
+                weights = part.get_parameters()
+                if weights and part.config.clip_grad > 0:
+                    clip_grad_by_total_norm_fp32(weights, part.config.clip_grad, grad_norm)
+            self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=1)
-        return math.nan if grad_norm is None else float(grad_norm)
+        self.skips.count(not finite)
+        return grad_norm
+
+    def _all_finite(self, loss_sums: Sequence[Tensor], grad_norm: float) -> bool:
+        device = next(self.model.chunks[0].parameters()).device
+        wrong = torch.tensor(float(not math.isfinite(grad_norm)), device=device)
+        if loss_sums:
+            wrong += (~torch.stack(list(loss_sums)).isfinite()).any()
+        dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
+        return wrong.item() == 0
 
     def release(self) -> None:
         """Let go of the weights at the end; nothing here can be used afterwards.
@@ -57,17 +87,17 @@ class Trained:
         for part in self._parts:
             vars(part).clear()
 
-    def prepare_loading(self) -> None:
-        """Give torch's AdamW the states that its first step would make, so that a checkpoint has somewhere to load to.
+    def prepare_states(self) -> None:
+        """Give AdamW the states that its first step would make, where it has none.
 
-        Megatron does this itself for Transformer Engine's and apex's optimisers.
+        A checkpoint needs them: one that is loaded, somewhere to load to; one that is saved before any update was made
+        (where the first were skipped), something to save. Megatron's own function does not know torch's step count.
         """
-        for inner in (part.optimizer for part in self._parts):
-            if isinstance(inner, torch.optim.Adam):  # AdamW too
-                for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
-                    if not inner.state[parameter]:
-                        zeros = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
-                        inner.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+        for part in self._parts:
+            if isinstance(part.optimizer, torch.optim.Adam):  # AdamW is one
+                _make_states(part.optimizer)
+            elif part.optimizer is not None:
+                part.init_state_fn(part.optimizer, part.config)
 
     @torch.no_grad()  # fp32 weights are leaves with gradient, and are written in place
     def load_optimizer(self, state: dict[str, Any]) -> None:
@@ -94,6 +124,13 @@ class Trained:
     @property
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
+
+
+def _make_states(adam: torch.optim.Adam) -> None:
+    for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+        if not adam.state[parameter]:
+            zeros = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            adam.state[parameter] = {"step": torch.tensor(0.0), **zeros}
 
 
 def _set_all_but_step(part: DistributedOptimizer, weight: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:

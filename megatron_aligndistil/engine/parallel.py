@@ -16,11 +16,14 @@ from torch.distributed import distributed_c10d
 
 from megatron_aligndistil.backends import Backend, select
 from megatron_aligndistil.config import ParallelConfig
+from megatron_aligndistil.engine import watchdog
 from megatron_aligndistil.errors import ConfigError
 from megatron_aligndistil.ops.head import VocabShard
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+_MEETING = timedelta(minutes=10)
+_COLLECTIVES = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,25 @@ def check_layout(config: ParallelConfig, world_size: int) -> int:
     return world_size // model_parallel
 
 
+def _join(backend: Backend) -> None:
+    """Meet the other processes. Raises ConfigError when they do not come, or the store cannot be reached.
+
+    From then on collectives may wait for long: for a first rank that prepares data, say. A process that is gone, or a
+    job that hangs, is the watchdog's to end, with a sentence; nccl would abort with a page of its own, which is left as
+    the last resort. It has not been run over nccl.
+    """
+    try:
+        dist.init_process_group(backend.collectives, timeout=_MEETING)
+    except (dist.DistError, ValueError) as error:
+        rank, count = os.environ["RANK"], os.environ["WORLD_SIZE"]
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(
+            f"rank {rank} of {count} did not meet the others at {where} (MASTER_ADDR, MASTER_PORT): "
+            f"{str(error).splitlines()[0]}; start all {count} processes, where they can reach that address"
+        ) from error
+    distributed_c10d._set_pg_timeout(_COLLECTIVES)
+
+
 @contextmanager
 def process_group() -> Iterator[Backend]:
     """torch.distributed over all processes of the job, started here unless it already is.
@@ -100,8 +122,9 @@ def process_group() -> Iterator[Backend]:
         return
     for variable, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
         os.environ.setdefault(variable, alone)
-    dist.init_process_group(backend.collectives, timeout=timedelta(minutes=30))
-    yield backend
+    _join(backend)
+    with watchdog.watched(distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()):
+        yield backend
     # Not after an error: the process ends then, and the group's store is still wanted to report the error once.
     dist.destroy_process_group()
 
@@ -119,6 +142,7 @@ def parallel_session(config: ParallelConfig) -> Iterator[Parallel]:
             tensor_model_parallel_size=config.tp,
             pipeline_model_parallel_size=config.pp,
             virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
+            distributed_timeout_minutes=int(_COLLECTIVES.total_seconds() / 60),
         )
         try:
             # No layer draws random numbers here (dropout is 0), so Megatron's trackers have nothing to track.

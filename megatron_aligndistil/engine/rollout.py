@@ -116,6 +116,7 @@ class Rollouts:
         self._num_steps, self._seed, self._stop_tokens, self._ahead = num_steps, seed, stop_tokens, ahead
         self._rater = rater
         self._rollouts: dict[int, Rollout] = {}
+        self._current: tuple[int, _Sampled] | None = None  # the first step of the rollout in use, and what was sampled
         self._started: int | None = None  # the first step of the rollout that is being sampled in the background
         self._waiting: _Sampled | None = None  # the same once it has been waited for
 
@@ -126,25 +127,37 @@ class Rollouts:
         are rated, one object broadcast over the world.
         """
         if step not in self._rollouts:
-            assert step % self._config.updates == 0, "checkpoints are kept between rollouts only"
+            assert step % self._config.updates == 0, "a rollout is used from its first step"
             sampled = self._finished() if self._started == step else self._sample(step)
-            self._rollouts = self._assemble(step, sampled)
+            self._use(step, sampled)
             following = step + self._config.updates
             if self._ahead is not None and following < self._num_steps:
                 self._ahead.start(self._prompts(following), self._sampling(following))
                 self._started = following
         return self._rollouts[step]
 
-    def state(self) -> dict[str, Any] | None:
-        """What has been sampled and not been asked for, as JSON can hold it; waits for it. None where nothing has."""
-        return None if self._started is None else {"step": self._started, **asdict(self._finished(keep=True))}
+    def state(self, done: int) -> list[dict[str, Any]]:
+        """What has been sampled and not been used after `done` steps, as JSON can hold it; waits for it."""
+        unused = []
+        if self._current is not None and done in self._steps(self._current[0]):
+            unused.append(self._current)
+        if self._started is not None:
+            unused.append((self._started, self._finished(keep=True)))
+        return [{"step": first, **asdict(sampled)} for first, sampled in unused]
 
-    def restore(self, state: dict[str, Any] | None) -> None:
-        """Go on from a :meth:`state`."""
-        if state is not None:
-            completions = [Completion(**completion) for completion in state["completions"]]
-            self._started = state["step"]
-            self._waiting = _Sampled(completions, state["seconds"], state["staleness"])
+    def restore(self, done: int, state: Sequence[dict[str, Any]]) -> None:
+        """Go on after `done` steps from a :meth:`state`."""
+        for kept in state:
+            completions = [Completion(**completion) for completion in kept["completions"]]
+            sampled = _Sampled(completions, kept["seconds"], kept["staleness"])
+            if done in self._steps(kept["step"]) and done != kept["step"]:
+                self._use(kept["step"], sampled)
+            else:
+                self._started, self._waiting = kept["step"], sampled
+
+    def _use(self, first: int, sampled: _Sampled) -> None:
+        self._current = first, sampled
+        self._rollouts = self._assemble(first, sampled)
 
     def _steps(self, first: int) -> range:
         return range(first, min(first + self._config.updates, self._num_steps))

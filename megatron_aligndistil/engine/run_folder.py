@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,19 @@ from megatron_aligndistil.config import TrainConfig, write_yaml
 from megatron_aligndistil.errors import ConfigError
 
 # Settings that may differ between a run and its continuation.
-_MAY_CHANGE = {("run", key) for key in ("log_every", "eval_every", "save_every", "keep", "wandb", "recompute")}
-_MAY_CHANGE |= {("parallel", key) for key in ("tp", "pp", "vpp", "sequence_parallel")} | {("batch", "micro_size")}
+_MAY_CHANGE = {("run", key) for key in ("log_every", "eval_every", "save_every", "keep", "best", "wandb", "recompute")}
+_MAY_CHANGE |= {("run", "max_skipped"), ("run", "hang_timeout")}
+_MAY_CHANGE |= {("parallel", key) for key in ("tp", "pp", "vpp", "sequence_parallel")}
+_MAY_CHANGE |= {("data", key) for key in ("cache", "workers")}
+_MAY_CHANGE |= {("batch", key) for key in ("micro_size", "max_tokens")}
 
 
 def check_free(folder: Path, config: TrainConfig, algorithm: Algorithm) -> None:
-    """Raise ConfigError when the folder belongs to a different run."""
+    """Raise ConfigError when the folder belongs to a different run, or nothing can be written there."""
     path = folder / "config.yaml"
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"run.dir {folder} cannot be written to: {there} is not a folder that may be; choose another")
     if path.is_file():
         changed = _changes(yaml.safe_load(path.read_text(encoding="utf-8")), _resolved(config, algorithm))
         if changed:
@@ -31,8 +38,11 @@ def check_free(folder: Path, config: TrainConfig, algorithm: Algorithm) -> None:
 
 def claim(folder: Path, config: TrainConfig, algorithm: Algorithm) -> None:
     """Write the resolved configuration, which makes the folder this run's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_yaml(_resolved(config, algorithm), folder / "config.yaml")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_yaml(_resolved(config, algorithm), folder / "config.yaml")
+    except OSError as error:
+        raise ConfigError(f"run.dir {folder} cannot be written to: {error.strerror}; choose another") from error
 
 
 def _resolved(config: TrainConfig, algorithm: Algorithm) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from megatron_aligndistil.config import RolloutConfig, TrainConfig
 from megatron_aligndistil.data.batch import MicroBatch
 from megatron_aligndistil.data.loader import GlobalBatches
 from megatron_aligndistil.data.tokenizer import load_tokenizer
-from megatron_aligndistil.engine import checkpoint, run_folder
+from megatron_aligndistil.engine import bad_rows, checkpoint, run_folder, skips, watchdog
 from megatron_aligndistil.engine.batches import load_batches
 from megatron_aligndistil.engine.hf import draw_weights, save_folder
+from megatron_aligndistil.engine.loop import Loop
 from megatron_aligndistil.engine.model import build_model, check_fits, freeze, transformer_config
 from megatron_aligndistil.engine.optimiser import Trained, make_trained
 from megatron_aligndistil.engine.parallel import Parallel, on_first_rank, parallel_session
@@ -29,7 +30,7 @@ from megatron_aligndistil.engine.rollout import Answer, Rollout, Rollouts, answe
 from megatron_aligndistil.engine.samples import write_samples
 from megatron_aligndistil.engine.schedule import Model, check_microbatches, losses, reduce_metrics
 from megatron_aligndistil.engine.sources import Source, find_sources
-from megatron_aligndistil.errors import AlignDistilError, ConfigError
+from megatron_aligndistil.errors import ConfigError
 
 
 def train(config: TrainConfig) -> None:
@@ -90,12 +91,8 @@ class _Stage:
         self.batches = read(config.data.train, training=True)
         self.eval_batches = read(config.data.eval, training=False) if config.data.eval else None
         self.num_steps = config.run.steps or config.run.epochs * self.batches.steps_per_epoch
-        check_microbatches(config.batch.global_size // (config.batch.micro_size * parallel.dp), parallel)
-        if config.run.save_every and algorithm.data == "prompts" and config.run.save_every % config.rollout.updates:
-            raise ConfigError(
-                f"run.save_every {config.run.save_every} falls within a rollout of rollout.updates "
-                f"{config.rollout.updates} steps, whose samples are not saved; set it to a multiple"
-            )
+        if config.batch.max_tokens is None:  # packed micro-batches come in the number that is needed
+            check_microbatches(config.batch.global_size // (config.batch.micro_size * parallel.dp), parallel)
         self.frozen = {name: self._frozen(name) for name in algorithm.frozen if name not in algorithm.trained}
         self.trained = [self._trained(name) for name in algorithm.trained]
         self.rollouts = self._rollouts(self.batches, config.rollout, config.run.seed * 1_000_003, self.num_steps)
@@ -127,66 +124,42 @@ class _Stage:
 
     def run(self, folder: Path) -> None:
         """Train from the last checkpoint, or the beginning, to the end; save and export."""
-        config = self.config
-        start = 0
-        resumable = checkpoint.latest(folder / "checkpoints")
-        if resumable is not None:
-            start, sampled = checkpoint.resume_training(resumable, self.trained)
-            if self.rollouts:
-                self.rollouts.restore(sampled)
-        with Reporter(
-            folder,
-            f"{folder.name} ({self.algorithm.name})",
-            self.num_steps,
-            start,
-            self.parallel.is_reporter,
-            config.run.wandb,
-        ) as reporter:
-            if resumable is not None:
-                reporter.say(f"going on from {resumable}")
-            for step in range(start, self.num_steps):
-                self._step(step, reporter)
-                done = step + 1
-                last = done == self.num_steps
-                if self.eval_batches and (last or (config.run.eval_every and done % config.run.eval_every == 0)):
-                    reporter.log(done, self._evaluate(done))
-                if last or (config.run.save_every and done % config.run.save_every == 0):
-                    checkpoint.save_training(
-                        folder / "checkpoints",
-                        done,
-                        self.trained,
-                        {item.name: self.sources[item.name].path for item in self.trained},
-                        config.run.keep,
-                        self.rollouts.state() if self.rollouts else None,
-                    )
+        Loop(self, folder).run()
         for item in self.trained:
             description = checkpoint.description_folder(self.sources[item.name].path)
             save_folder(item.model.chunks, item.model.arch, description, folder / item.name, parallel=self.parallel)
 
-    def _step(self, step: int, reporter: Reporter) -> None:
+    def step(self, step: int, reporter: Reporter) -> None:
+        """One optimiser step of every trained model, counted from 0."""
         began = time.perf_counter()
+        watchdog.at(step + 1, "rollout" if self.rollouts else "batch")
         rollout = self.rollouts.at(step) if self.rollouts else _given(self.batches, step)
         sampled = time.perf_counter()
+        watchdog.at(step + 1, "models without gradient")
         batches, frozen = self._prepared(rollout.batches, self.batches, step)
         self.parallel.backend.synchronize()
         scored = time.perf_counter()
         metrics: dict[str, float] = {f"rollout/{key}": value for key, value in rollout.metrics.items()}
+        skipped: dict[str, list[float]] = {}
         for item in self.trained:
+            watchdog.at(step + 1, f"update of {item.name}")
             item.zero_grad()
             lr = item.lr
             outputs = self._losses(item, batches, frozen, backward=True)
-            grad_norm = item.step()
-            if not math.isfinite(grad_norm):
-                raise AlignDistilError(
-                    f"the gradient of {item.name} at step {step + 1} is not finite ({grad_norm}); lower optim.lr, or "
-                    f"look at the records of that step; earlier checkpoints are in {self.config.run.dir}/checkpoints"
-                )
-            reduced = reduce_metrics(outputs, self.parallel)
+            loss_sums = [output.loss_sum for output in outputs]
+            grad_norm = item.step(loss_sums)
+            reduced = reduce_metrics(outputs, self.parallel) | {"lr": lr, "grad_norm": grad_norm}
+            if item.skips.in_a_row:
+                skipped[item.name] = [float(loss_sum) for loss_sum in loss_sums]
+                reduced = {key: value for key, value in reduced.items() if math.isfinite(value)}
+            reduced["skipped"] = item.skips.total
             metrics |= {f"train/{item.name}/{key}": value for key, value in reduced.items()}
-            metrics |= {f"train/{item.name}/lr": lr, f"train/{item.name}/grad_norm": grad_norm}
         ended = time.perf_counter()
         tokens_per_second = rollout.num_tokens / (ended - began)
         metrics |= {"tokens_per_second": tokens_per_second, "seconds/total": ended - began}
+        # All ranks have as many micro-batches, of one shape.
+        num_places = self.parallel.dp * sum(batch.tokens_BS.numel() for batch in batches)
+        metrics["padding"] = 1 - rollout.num_tokens / num_places
         metrics |= {
             "seconds/batch": sampled - began,
             "seconds/frozen": scored - sampled,
@@ -201,6 +174,22 @@ class _Stage:
             f"{item.name} loss {metrics.get(f'train/{item.name}/loss', math.nan):.4f}" for item in self.trained
         )
         reporter.advance(step + 1, f"{shown}  {tokens_per_second:,.0f} tokens/s")
+        if skipped:
+            self._tell_skipped(step + 1, batches, skipped, reporter)
+
+    def _tell_skipped(
+        self, done: int, batches: Sequence[MicroBatch], losses: Mapping[str, Sequence[float]], reporter: Reporter
+    ) -> None:
+        """Write down the rows of a step and say which models it did not change; `losses` has these models."""
+        path = Path(self.config.run.dir) / "bad_batches" / f"step_{done:06d}.jsonl"
+        bad_rows.write(path, batches, losses, self.tokenizer, self.parallel, self.algorithm.shifted_mask)
+        for item in self.trained:
+            if item.name in losses:
+                reporter.say(skips.told(item.name, item.skips, done, self.config.run.max_skipped, path))
+
+    def stuck(self, done: int) -> list[str]:
+        """Models whose last updates were all skipped, more than may be; the same on all ranks."""
+        return [item.name for item in self.trained if item.skips.in_a_row > self.config.run.max_skipped]
 
     def _prepared(
         self, given: Sequence[MicroBatch], source: GlobalBatches, step: int
@@ -221,7 +210,7 @@ class _Stage:
         loss, kind = partial(self.algorithm.loss, item.name), self.algorithm.head(item.name)
         return losses(item.model, loss, batches, frozen, self.parallel, backward=backward, kind=kind)
 
-    def _evaluate(self, step: int) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         """Means over the evaluation records of the loss and metrics of every trained model.
 
         Where the policy answers prompts, its answers go to a file too.
@@ -234,6 +223,7 @@ class _Stage:
         # Seeds below those of training, and the same at every evaluation: what differs is the policy.
         rollouts = self._rollouts(self.eval_batches, plain, self.config.run.seed * 1_000_003 - num_steps, num_steps)
         for index in range(num_steps):
+            watchdog.at(step, f"evaluation, batch {index + 1} of {num_steps}")
             rollout = rollouts.at(index) if rollouts else _given(self.eval_batches, index)
             answers += rollout.answers
             batches, frozen = self._prepared(rollout.batches, self.eval_batches, index)

@@ -114,7 +114,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
         "nothing is no checkpoint: it has neither config.json nor metadata.json",
     ),
     "no data": ([*DPO, "--data.train", "no.jsonl"], "there is no data file or folder no.jsonl"),
-    "a folder that cannot be made": ([*DPO, "--run.dir", "pairs.jsonl/run"], "cannot use pairs.jsonl/run"),
+    "a folder that cannot be made": (
+        [*DPO, "--run.dir", "pairs.jsonl/run"],
+        "run.dir pairs.jsonl/run cannot be written to",
+    ),
     "existing target of a conversion": (
         ["convert", "--source", "policy", "--to", "hf", "--out", "dpo", *TWO],
         "dpo exists already; name a new folder with --out",

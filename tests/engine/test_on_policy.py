@@ -22,7 +22,7 @@ from megatron_aligndistil.engine.model import build_model
 from megatron_aligndistil.engine.parallel import parallel_session
 from megatron_aligndistil.engine.schedule import Model
 from megatron_aligndistil.errors import ConfigError
-from tests.engine import dense
+from tests.engine import dense, lives
 from tests.engine.test_against_dense import DISTIL, OPTIM, tensors_of
 from tests.engine.tiny import make_checkpoint, make_pairs
 
@@ -194,21 +194,23 @@ def run_and_die(values: dict[str, Any], step: int) -> None:
     run_training(values)
 
 
-@pytest.mark.parametrize(("updates", "killed_at", "ahead"), [(1, 4, False), (2, 3, False), (1, 5, True)])
+@pytest.mark.parametrize(
+    ("updates", "save_every", "killed_at", "ahead"), [(1, 2, 4, False), (2, 3, 6, False), (1, 2, 5, True)]
+)
 def test_a_run_killed_between_rollout_and_update_goes_on_exactly(
-    workers, folder: Path, tmp_path: Path, updates: int, killed_at: int, ahead: bool
+    folder: Path, tmp_path: Path, updates: int, save_every: int, killed_at: int, ahead: bool
 ) -> None:
+    """With updates 2 and a checkpoint every 3 steps, the run goes on in the middle of a rollout."""
     changes = {
         "rollout": {"updates": updates, "ahead": ahead},
-        "run": {"steps": 6, "save_every": 2},
+        "run": {"steps": 6, "save_every": save_every},
         "parallel": {"tp": 2},
     }
-    workers.run(2, run_training, configuration(folder, tmp_path / "whole", **changes))
+    assert lives.finish(lives.start(2, configuration(folder, tmp_path / "whole", **changes))) == [0, 0]
     killed = configuration(folder, tmp_path / "killed", **changes)
-    with pytest.raises(RuntimeError, match="died"):
-        workers.run(2, run_and_die, killed, killed_at)
+    assert lives.finish(lives.start(2, killed, run_and_die, killed_at)) == [-signal.SIGKILL] * 2
     assert not (tmp_path / "killed" / "policy").exists()
-    workers.run(2, run_training, killed)
+    assert lives.finish(lives.start(2, killed)) == [0, 0]
     last = {line["step"]: line for line in lines_of(tmp_path / "killed")}
     for line in lines_of(tmp_path / "whole"):
         for key in ("train/policy/loss", "train/policy/grad_norm", "rollout/length"):
@@ -221,7 +223,6 @@ def test_what_cannot_be_is_told(workers, folder: Path, tmp_path: Path) -> None:
     for rollout, message in (
         ({"samples": 3}, "multiple of 3"),
         ({"samples": 2, "on_policy_fraction": 0.5}, "rollout.samples"),
-        ({"updates": 2}, "save_every"),
         ({"max_new_tokens": 1000}, "positions"),
     ):
         values = configuration(folder, tmp_path / "bad", rollout=rollout, run={"save_every": 1})
