@@ -17,7 +17,7 @@ set -euo pipefail
 # Once told to end, the processes save; torchrun ends them by force after so many seconds (its own default: 30).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
 
-# Without --rdzv-backend c10d, under which a torchrun whose network has gone waits for a quarter of an hour and cannot be told to end.
+# Without --rdzv-backend c10d, under which a torchrun whose network has gone was still waiting minutes later.
 # No restarts by torchrun either: a run goes on from its checkpoint when the same command is given again.
 exec torchrun --nnodes "$NUM_NODES" --node-rank "$NODE_RANK" --nproc-per-node "${PROCESSES:-gpu}" \
     --master-addr "$HEAD_NODE" --master-port "${PORT:-29500}" --max-restarts 0 \
