@@ -20,6 +20,9 @@ from megatron_aligndistil.engine import watchdog
 from megatron_aligndistil.errors import ConfigError
 from megatron_aligndistil.ops.head import VocabShard
 
+# What torchrun would say to a process that is the only one.
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 _MEETING = timedelta(minutes=10)
@@ -120,13 +123,23 @@ def process_group() -> Iterator[Backend]:
     if dist.is_initialized():
         yield backend
         return
-    for variable, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
-        os.environ.setdefault(variable, alone)
+    added = {variable: alone for variable, alone in _ALONE.items() if variable not in os.environ}
+    os.environ.update(added)
     _join(backend)
-    with watchdog.watched(distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()):
-        yield backend
-    # Not after an error: the process ends then, and the group's store is still wanted to report the error once.
-    dist.destroy_process_group()
+    is_alone = dist.get_world_size() == 1
+    try:
+        with watchdog.watched(distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()):
+            yield backend
+    except BaseException:
+        # Among others the process ends now, and the group's store is still wanted to report the error once.
+        if is_alone:
+            dist.destroy_process_group()
+        raise
+    else:
+        dist.destroy_process_group()
+    finally:
+        for variable in added:  # else a process that this one starts would take itself for one of a job
+            os.environ.pop(variable, None)
 
 
 @contextmanager

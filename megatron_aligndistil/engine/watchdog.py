@@ -284,14 +284,15 @@ _current: Watchdog | None = None
 def watched(store: dist.Store, rank: int, world_size: int) -> Iterator[None]:
     """Watch the job inside. Collectives, at the end: one barrier over the world.
 
-    After an error this goes on, until :meth:`Watchdog.failed` or the end of the process.
+    After an error among several processes this goes on, until :meth:`Watchdog.failed` or the end of the process.
     """
     global _current
     _current = Watchdog(store, rank, world_size)
     try:
         yield
-    except SystemExit:  # an end that was asked for, of all processes
-        _leave()
+    except BaseException as error:
+        if world_size == 1 or isinstance(error, SystemExit):  # the latter: an end that was asked for, of all processes
+            _leave()
         raise
     # The process that holds the store ends when all have done their work.
     _current.closing()
