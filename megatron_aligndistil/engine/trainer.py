@@ -67,9 +67,11 @@ def train(config: TrainConfig) -> None:
         stage = _Stage(config, algorithm, sources, parallel)
         # Not earlier: a run that cannot begin leaves no configuration behind that would forbid the mended one.
         on_first_rank(run_folder.claim, folder, config, algorithm)
-        stage.run(folder)
-        for item in stage.trained:
-            item.release()
+        try:
+            stage.run(folder)
+        finally:
+            for item in stage.trained:
+                item.release()
         if parallel.is_reporter:
             print(f"wrote {', '.join(str(folder / name) for name in algorithm.trained)}", flush=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from megatron_aligndistil.config import merge
 from megatron_aligndistil.engine.completions import Sampling
 from megatron_aligndistil.errors import ConfigError
 from tests.algorithms.actor_critic import Dense, dense_step
-from tests.engine import dense
+from tests.engine import dense, lives
 from tests.engine.test_against_dense import OPTIM, tensors_of
 from tests.engine.test_on_policy import configuration, lines_of, run_and_die, run_training, samples
 from tests.engine.tiny import make_checkpoint
@@ -219,7 +220,7 @@ def test_two_steps_on_one_rollout(workers, folder: Path, tmp_path: Path, name: s
 
 
 def test_a_killed_run_goes_on_exactly(workers, folder: Path, tmp_path: Path) -> None:
-    """Killed when a rollout that a checkpoint holds, sampled ahead and rated, has been taken up and not learned on."""
+    """Killed a step after a checkpoint that holds a rollout, sampled ahead and rated, which is then taken up again."""
     changes = {
         "rollout": {"updates": 1, "ahead": True, "max_new_tokens": 4},
         "run": {"steps": 4, "save_every": 2, "keep": 9},
@@ -228,12 +229,12 @@ def test_a_killed_run_goes_on_exactly(workers, folder: Path, tmp_path: Path) -> 
     run = RUNS["ppo function"]
     workers.run(1, run_training, settings(folder, tmp_path / "whole", run, **changes))
     killed = settings(folder, tmp_path / "killed", run, **changes)
-    with pytest.raises(RuntimeError, match="died"):
-        workers.run(1, run_and_die, killed, 3)
+    assert lives.finish(lives.start(1, killed, run_and_die, 4)) == [-signal.SIGKILL]
     checkpoint = tmp_path / "killed" / "checkpoints" / "step_000002"
-    kept = json.loads((checkpoint / "progress.json").read_text())["rollout"]["completions"]
-    assert all(len(each["logprobs"]) == len(each["tokens"]) and each["rating"] is not None for each in kept)
-    workers.run(1, run_training, killed)
+    (kept,) = json.loads((checkpoint / "progress.json").read_text())["rollouts"]
+    answers = kept["completions"]
+    assert all(len(each["logprobs"]) == len(each["tokens"]) and each["rating"] is not None for each in answers)
+    assert lives.finish(lives.start(1, killed)) == [0]
     last = {line["step"]: line for line in lines_of(tmp_path / "killed")}
     for line in lines_of(tmp_path / "whole"):
         for key in ("policy/loss", "policy/grad_norm", "policy/approx_kl", "critic/loss", "critic/grad_norm"):

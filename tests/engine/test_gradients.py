@@ -78,7 +78,9 @@ def gradients(folder: str, layout: ParallelConfig, distributed: bool) -> dict[st
         trained = make_trained("policy", load("policy"), arch, OptimConfig(distributed=distributed), 1, parallel)
         trained.zero_grad()
         losses(trained.model, partial(algorithm.loss, "policy"), batches, given, parallel, backward=True)
-        return whole_gradients(trained.model.chunks, arch, parallel, distributed)
+        found = whole_gradients(trained.model.chunks, arch, parallel, distributed)
+        trained.release()
+        return found
 
 
 def whole_gradients(chunks, arch: Architecture, parallel: Parallel, distributed: bool) -> dict[str, Tensor]:
