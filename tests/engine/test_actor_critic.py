@@ -220,16 +220,19 @@ def test_two_steps_on_one_rollout(workers, folder: Path, tmp_path: Path, name: s
 
 
 def test_a_killed_run_goes_on_exactly(workers, folder: Path, tmp_path: Path) -> None:
-    """Killed a step after a checkpoint that holds a rollout, sampled ahead and rated, which is then taken up again."""
+    """Killed a step after a checkpoint that holds a rollout, sampled ahead and rated, which is then taken up again.
+
+    The first checkpoint is whole by then: a save begins when the one before it is.
+    """
     changes = {
         "rollout": {"updates": 1, "ahead": True, "max_new_tokens": 4},
-        "run": {"steps": 4, "save_every": 2, "keep": 9},
+        "run": {"steps": 6, "save_every": 2, "keep": 9},
         "data": {"shuffle": True},
     }
     run = RUNS["ppo function"]
     workers.run(1, run_training, settings(folder, tmp_path / "whole", run, **changes))
     killed = settings(folder, tmp_path / "killed", run, **changes)
-    assert lives.finish(lives.start(1, killed, run_and_die, 4)) == [-signal.SIGKILL]
+    assert lives.finish(lives.start(1, killed, run_and_die, 5)) == [-signal.SIGKILL]
     checkpoint = tmp_path / "killed" / "checkpoints" / "step_000002"
     (kept,) = json.loads((checkpoint / "progress.json").read_text())["rollouts"]
     answers = kept["completions"]
