@@ -42,13 +42,15 @@ GPU_CASES = [
     {"T": 8192, "V": 128_256, "H": 4096, "tp": 1},
 ]
 
+_SMALL = 2**26  # logits of cases that take milliseconds, and are measured more often for it
+
 
 def main() -> None:
     """Measure every case and variant, then write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for loss.json, loss.md and loss.png")
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU, in bf16")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=3, help="of cases that take long; short ones get up to 50")
     parser.add_argument("--again", action="store_true", help="measure anew what loss.json in --out holds already")
     arguments = parser.parse_args()
     cases = GPU_CASES if arguments.cuda else CPU_CASES
@@ -81,7 +83,7 @@ def measure(case: dict[str, int], variant: str, cuda: bool, repetitions: int) ->
         "cuda": cuda,
         "dtype": "bf16" if cuda else "fp32",
         "threads": 1,
-        "repetitions": repetitions,
+        "repetitions": max(repetitions, min(50, _SMALL // (case["T"] * case["V"]))),
     }
     start = [sys.executable, "-m", "benchmarks.measure"]
     if case["tp"] > 1:

@@ -14,10 +14,16 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; inherited by wo
 os.environ["ALIGNDISTIL_CACHE"] = _CACHE = tempfile.mkdtemp(prefix="aligndistil-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from tests.workers import Workers  # noqa: E402
+
+# The same examples each time, so that a change is what makes a test fail; `--hypothesis-profile random` looks further.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.register_profile("random")
+hypothesis.settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

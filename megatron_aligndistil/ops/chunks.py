@@ -6,28 +6,38 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_aligndistil.ops.collectives import sum_ranks
-from megatron_aligndistil.ops.head import LMHead
+from megatron_aligndistil.ops.head import LMHead, VocabShard
 
-# Logits of one model in one chunk. A CPU's caches like few; a GPU's matrix products want rows enough to be efficient,
-# and whole tiles of them.
-_CPU_ELEMENTS, _GPU_ELEMENTS, _GPU_TILE = 2**21, 2**27, 256
+# Logits of one model in one chunk. A CPU's caches like few, if that leaves rows enough to be worth reading the output
+# layer for; a GPU's matrix products want many rows to be efficient, and whole tiles of them.
+_CPU_CACHED, _CPU_ELEMENTS, _CPU_ROWS = 600_000, 2**21, (32, 64)
+_GPU_ELEMENTS, _GPU_TILE = 2**27, 256
 
 
 def chunks(head: LMHead, rows: int | None = None) -> Iterator[slice]:
     """Slices that cover the positions of `head`: `rows` at a time, or as many as its device works well with.
 
-    The same on every rank of the tensor parallel group, whose collectives must agree: it goes by the whole vocabulary.
+    The same on every rank of the tensor parallel group, whose collectives must agree.
     """
-    if rows is None:
-        if head.hidden_TH.is_cpu:
-            rows = max(32, _CPU_ELEMENTS // head.shard.vocab_size)
-        else:
-            rows = max(1, _GPU_ELEMENTS // head.shard.vocab_size // _GPU_TILE) * _GPU_TILE
+    if rows is None and head.hidden_TH.is_cpu:
+        most = _cpu_rows(head.shard)
+        count = max(1, -(-len(head.hidden_TH) // most))
+        rows = max(1, -(-len(head.hidden_TH) // count))  # chunks of one size
+    elif rows is None:
+        rows = max(1, _GPU_ELEMENTS // head.shard.vocab_size // _GPU_TILE) * _GPU_TILE
     for start in range(0, len(head.hidden_TH), rows):
         yield slice(start, min(start + rows, len(head.hidden_TH)))
+
+
+def _cpu_rows(shard: VocabShard) -> int:
+    ranks = 1 if shard.tp_group is None else dist.get_world_size(shard.tp_group)
+    columns = -(-shard.vocab_size // ranks)  # of the largest shard
+    fewest, enough = _CPU_ROWS
+    return max(_CPU_CACHED // columns, fewest, min(enough, _CPU_ELEMENTS // shard.vocab_size))
 
 
 def logits_of(head: LMHead, rows: slice, temperature: float = 1.0) -> Tensor:

@@ -122,9 +122,9 @@ def test_random_sweep(workers: Workers, data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, 7))
     (found,) = workers.run(1, fused, case, form, rows, V, torch.float64)
     for actual, true in zip(found, dense(case, form), strict=True):
-        # Tiny divergences are differences of log-probabilities up to 60, and small coefficients divide their rounding:
-        # what is below 1e-4 is held to 1e-13 absolutely.
-        torch.testing.assert_close(actual.double(), true, rtol=0, atol=1e-9 * max(float(true.abs().max()), 1e-4))
+        # Tiny divergences are differences of log-probabilities up to 100, whose rounding of 1e-14 a coefficient of 1e-3
+        # makes a hundred times as large: what is below 1e-2 is held to 1e-11 absolutely.
+        torch.testing.assert_close(actual.double(), true, rtol=0, atol=1e-9 * max(float(true.abs().max()), 1e-2))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
