@@ -146,7 +146,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"The fastest of {TIMED_STEPS} SFT steps of {TIMED_SIZE} chosen UltraFeedback responses, cut at",
-        f"{TIMED_LENGTH:,} tokens, on {report['machine']}, one thread, other work beside it,",
+        f"{TIMED_LENGTH:,} tokens, on {report['machine']}, one thread,",
         f"fp32, a model of {MODEL['num_hidden_layers']} layers and hidden size {MODEL['hidden_size']}.",
         "",
         "| micro-batches | padding | seconds | of the first | loss of the last step |",
