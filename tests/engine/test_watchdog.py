@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_aligndistil.engine.standing import Standing, table
 from megatron_aligndistil.engine.watchdog import Watchdog
 
-INTERVAL, PATIENCE, WORLD_SIZE = 0.25, 4.0, 3
+INTERVAL, PATIENCE, WORLD_SIZE = 0.25, 8.0, 3
 HOST = socket.gethostname()
 # What happens to whom, once all watch one another; "store" is a process that holds nothing but the job's store.
 CASES = {
@@ -47,6 +47,10 @@ def take_part(rank: int, port_file: Path) -> None:
     os.dup2(errors, sys.stderr.fileno())
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port_file.read_text()}
     store = dist.TCPStore("127.0.0.1", int(port_file.read_text()), is_master=False)
+    # As in a real job, nobody is watched who has not met the others: a connection may take torch seconds.
+    (port_file.parent / f"met{rank}").touch()
+    for other in range(WORLD_SIZE):
+        wait_for(port_file.parent / f"met{other}")
     watch = Watchdog(store, rank, WORLD_SIZE, interval=INTERVAL, patience=PATIENCE)
     watch.at(7, "update of policy")
 
