@@ -123,13 +123,12 @@ def measure(config: EvaluateConfig) -> tuple[str, dict[str, Any]] | None:
     """Load the models and measure: what became of the records, and an Estimate by name; on the reporting rank only."""
     from megatron_aligndistil.algorithms.base import Need
     from megatron_aligndistil.data.dataset import load_dataset
-    from megatron_aligndistil.data.loader import GlobalBatches
-    from megatron_aligndistil.data.tokenizer import load_tokenizer, pad_id
+    from megatron_aligndistil.data.tokenizer import load_tokenizer
     from megatron_aligndistil.engine import checkpoint, evaluation
-    from megatron_aligndistil.engine.model import build_model, freeze
+    from megatron_aligndistil.engine.batches import batches_in_order
+    from megatron_aligndistil.engine.frozen import load_frozen
     from megatron_aligndistil.engine.parallel import parallel_session
     from megatron_aligndistil.engine.reporter import track
-    from megatron_aligndistil.engine.schedule import Model
     from megatron_aligndistil.models.architecture import require_same
 
     paths = {name: path for name, path in config.models.model_dump().items() if path}
@@ -151,23 +150,9 @@ def measure(config: EvaluateConfig) -> tuple[str, dict[str, Any]] | None:
         models = {}
         needs: dict[str, Need] = {}
         for name, path in paths.items():
-            chunks = build_model(architectures[name], parallel, config.precision)
-            checkpoint.load_model(chunks, path, architectures[name], parallel)
-            freeze(chunks)
-            models[name] = Model(chunks, architectures[name])
+            models[name] = load_frozen(path, architectures[name], parallel, config.precision)
             needs[name] = "score" if name == "reward" else "logprobs" if accuracy else "distribution"
-        batches = GlobalBatches(
-            dataset,
-            # As many micro-batches a step as there are pipeline stages and chunks keeps every stage at work.
-            global_size=config.micro_size * parallel.dp * parallel.pp * parallel.vpp,
-            micro_size=config.micro_size,
-            pad_id=min(pad_id(tokenizer), arch.vocab_size - 1),
-            dp_rank=parallel.dp_rank,
-            dp_size=parallel.dp,
-            shuffle=False,
-            drop_last=False,
-            pad_multiple=parallel.tp if parallel.sequence_parallel else 1,
-        )
+        batches = batches_in_order(dataset, config.micro_size, tokenizer, arch, parallel)
         with track(f"evaluate {config.measure}", batches.steps_per_epoch, parallel.is_reporter) as advance:
             found = evaluation.evaluate(
                 models,

@@ -70,11 +70,10 @@ def generate(config: GenerateConfig) -> None:
     from megatron_aligndistil.data.tokens import stop_ids
     from megatron_aligndistil.engine import checkpoint
     from megatron_aligndistil.engine.completions import Sampling
+    from megatron_aligndistil.engine.frozen import load_frozen
     from megatron_aligndistil.engine.generate import MegatronSampler, gather_completions
-    from megatron_aligndistil.engine.model import build_model, freeze
     from megatron_aligndistil.engine.parallel import parallel_session
     from megatron_aligndistil.engine.reporter import track
-    from megatron_aligndistil.engine.schedule import Model
 
     arch = checkpoint.read_architecture(config.model)
     description = checkpoint.description_folder(config.model)
@@ -89,9 +88,7 @@ def generate(config: GenerateConfig) -> None:
         prompts = [row.tokens.tolist() for (row,) in dataset]
     rows = [prompt for prompt in prompts for _ in range(config.samples)]
     with parallel_session(config.parallel) as parallel:
-        chunks = build_model(arch, parallel, config.precision)
-        checkpoint.load_model(chunks, config.model, arch, parallel)
-        freeze(chunks)
+        model = load_frozen(config.model, arch, parallel, config.precision)
         sampling = Sampling(
             config.max_new_tokens,
             config.seed,
@@ -102,7 +99,7 @@ def generate(config: GenerateConfig) -> None:
             tuple(config.stop),
         )
         as_text = partial(to_text, tokenizer, skip_special_tokens=False)
-        sampler = MegatronSampler(Model(chunks, arch), parallel, config.batch_size, as_text)
+        sampler = MegatronSampler(model, parallel, config.batch_size, as_text)
         with track("generate", -(-len(rows) // parallel.dp), parallel.is_reporter) as advance:
             mine = sampler.generate(rows, sampling, advance)
         completions = gather_completions(mine, parallel)

@@ -149,14 +149,13 @@ def _algorithm(config: InspectConfig) -> AlignDistil:
 def inspect(config: InspectConfig) -> None:
     """Load the models, look at every response, and write the page."""
     from megatron_aligndistil.data.given import load_given, one_response
-    from megatron_aligndistil.data.loader import GlobalBatches
-    from megatron_aligndistil.data.tokenizer import load_tokenizer, pad_id
+    from megatron_aligndistil.data.tokenizer import load_tokenizer
     from megatron_aligndistil.engine import checkpoint, inspection
+    from megatron_aligndistil.engine.batches import batches_in_order
+    from megatron_aligndistil.engine.frozen import load_frozen
     from megatron_aligndistil.engine.inspection_data import page_data
-    from megatron_aligndistil.engine.model import build_model, freeze
     from megatron_aligndistil.engine.parallel import parallel_session
     from megatron_aligndistil.engine.reporter import track
-    from megatron_aligndistil.engine.schedule import Model
     from megatron_aligndistil.models.architecture import require_same
 
     algorithm = _algorithm(config)
@@ -174,24 +173,8 @@ def inspect(config: InspectConfig) -> None:
         else:
             dataset, report = load_given(limits, tokenizer)
             source, made_of = f"{len(dataset)} records of {config.data}", f"{config.data}, {report}"
-        models = {}
-        for name, path in paths.items():
-            chunks = build_model(arch, parallel, config.precision)
-            checkpoint.load_model(chunks, path, arch, parallel)
-            freeze(chunks)
-            models[name] = Model(chunks, arch)
-        batches = GlobalBatches(
-            dataset,
-            # As many micro-batches a step as there are pipeline stages and chunks keeps every stage at work.
-            global_size=config.micro_size * parallel.dp * parallel.pp * parallel.vpp,
-            micro_size=config.micro_size,
-            pad_id=min(pad_id(tokenizer), arch.vocab_size - 1),
-            dp_rank=parallel.dp_rank,
-            dp_size=parallel.dp,
-            shuffle=False,
-            drop_last=False,
-            pad_multiple=parallel.tp if parallel.sequence_parallel else 1,
-        )
+        models = {name: load_frozen(path, arch, parallel, config.precision) for name, path in paths.items()}
+        batches = batches_in_order(dataset, config.micro_size, tokenizer, arch, parallel)
         with track("inspect", batches.steps_per_epoch, parallel.is_reporter) as advance:
             found = inspection.inspect(
                 models, algorithm, config.top, batches, parallel, dataset.rows_per_example, advance

@@ -78,9 +78,8 @@ def serve(config: ServeConfig) -> None:
     from megatron_aligndistil.data.tokens import stop_ids
     from megatron_aligndistil.engine import checkpoint
     from megatron_aligndistil.engine.decoder import Decoder
-    from megatron_aligndistil.engine.model import build_model, freeze
+    from megatron_aligndistil.engine.frozen import load_frozen
     from megatron_aligndistil.engine.parallel import on_first_rank, parallel_session
-    from megatron_aligndistil.engine.schedule import Model
     from megatron_aligndistil.engine.serving import Serving
 
     arch = checkpoint.read_architecture(config.model)
@@ -91,12 +90,8 @@ def serve(config: ServeConfig) -> None:
         _one_replica(config.parallel, parallel.dp)
         place: list[Any] = []  # on the first rank the socket, taken before the model is loaded, which may take minutes
         on_first_rank(_take_place, config.host, config.port, place)
-        chunks = build_model(arch, parallel, config.precision)
-        checkpoint.load_model(chunks, config.model, arch, parallel)
-        freeze(chunks)
-        decoder = Decoder(
-            Model(chunks, arch), parallel, num_rows=config.batch_size, max_length=max_length, to_text=as_text
-        )
+        model = load_frozen(config.model, arch, parallel, config.precision)
+        decoder = Decoder(model, parallel, num_rows=config.batch_size, max_length=max_length, to_text=as_text)
         serving = Serving(decoder, stop_ids(tokenizer))
         with _ended_by_signals(serving.end if dist.get_rank() == 0 else lambda: None):
             serving.meet()  # from here on no rank is ended by a signal alone

@@ -1,17 +1,49 @@
-"""What a user sees of work that may be long, without knowing how much of it there is but as a share."""
+"""What a user sees of work that may be long: how much is done, and an ETA."""
 
 from __future__ import annotations
 
 import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 _SILENT = 3.0  # seconds of work about which nothing is said
 _BETWEEN = 30.0  # seconds between lines where there is no terminal
 
 
+def counting_bar(title: str, console: Console, field: str) -> Progress:
+    """A bar with ETA for work that is counted, on terminals only; its tasks have a text `field`, shown at the end."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn(title, markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn(f"{{task.fields[{field}]}}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
 class ShareProgress:
-    """A bar with ETA on a terminal, else a line now and then, on stderr; nothing for what takes a few seconds."""
+    """For work of which only a share is known: a bar with ETA on a terminal, else a line now and then, on stderr.
+
+    Nothing for what takes a few seconds.
+    """
 
     def __init__(self, title: str) -> None:
         self._title = title

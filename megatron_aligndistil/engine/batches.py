@@ -76,6 +76,24 @@ def load_batches(
     )
 
 
+def batches_in_order(
+    dataset: TokenDataset, micro_size: int, tokenizer: Tokenizer, arch: Architecture, parallel: Parallel
+) -> GlobalBatches:
+    """This data parallel rank's batches of every example once, in order, for models that are only asked."""
+    return GlobalBatches(
+        dataset,
+        # As many micro-batches a step as there are pipeline stages and chunks keeps every stage at work.
+        global_size=micro_size * parallel.dp * parallel.pp * parallel.vpp,
+        micro_size=micro_size,
+        pad_id=min(pad_id(tokenizer), arch.vocab_size - 1),
+        dp_rank=parallel.dp_rank,
+        dp_size=parallel.dp,
+        shuffle=False,
+        drop_last=False,
+        pad_multiple=parallel.tp if parallel.sequence_parallel else 1,
+    )
+
+
 def _check_same(dataset: TokenDataset, source: str) -> None:
     """Raise DataError where another process of the job has read other records under the same name."""
     found: list[str | None] = [None] * dist.get_world_size()

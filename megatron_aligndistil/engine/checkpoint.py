@@ -103,10 +103,11 @@ def load_model(
     if not is_distributed(path):
         load_weights(chunks, path, arch, parallel, seed)
         return
-    require_same({"the model": arch, str(path): read_architecture(path, "any")})
+    there = read_architecture(path, "any")
+    require_same({"the model": arch, str(path): there})
     manifest.check([Path(path)])
     sharded = _sharded_model(chunks)
-    drawn = read_architecture(path, "any").head != arch.head
+    drawn = there.head != arch.head
     if drawn:
         assert arch.head == "scalar", "who reads an architecture says what it must be"
         for state in sharded.values():

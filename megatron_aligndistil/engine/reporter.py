@@ -11,21 +11,8 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-
-def _bar(title: str, console: Console) -> Progress:
-    return Progress(
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=console,
-        disable=not console.is_terminal,
-    )
+from megatron_aligndistil.data.progress import counting_bar
 
 
 @contextmanager
@@ -34,7 +21,7 @@ def track(title: str, total: int, active: bool) -> Iterator[Callable[[int], None
     if not active:
         yield lambda done: None
         return
-    with _bar(title, Console(stderr=True)) as progress:
+    with counting_bar(title, Console(stderr=True), "status") as progress:
         task = progress.add_task(title, total=total, status="")
         yield lambda done: progress.update(task, completed=done)
 
@@ -54,7 +41,7 @@ class Reporter:
         from torch.utils.tensorboard import SummaryWriter
 
         self._console = Console(stderr=True)
-        self._progress = _bar(title, self._console)
+        self._progress = counting_bar(title, self._console, "status")
         self._task = self._progress.add_task(title, total=total, completed=done, status="")
         self._title, self._total = title, total
         self._path = folder / "metrics.jsonl"

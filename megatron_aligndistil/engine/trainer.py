@@ -19,9 +19,10 @@ from megatron_aligndistil.data.loader import GlobalBatches
 from megatron_aligndistil.data.tokenizer import load_tokenizer
 from megatron_aligndistil.engine import bad_rows, checkpoint, run_folder, skips, watchdog
 from megatron_aligndistil.engine.batches import load_batches
+from megatron_aligndistil.engine.frozen import load_frozen
 from megatron_aligndistil.engine.hf import draw_weights, save_folder
 from megatron_aligndistil.engine.loop import Loop
-from megatron_aligndistil.engine.model import build_model, check_fits, freeze, transformer_config
+from megatron_aligndistil.engine.model import build_model, check_fits, transformer_config
 from megatron_aligndistil.engine.optimiser import Trained, make_trained
 from megatron_aligndistil.engine.parallel import Parallel, on_first_rank, parallel_session
 from megatron_aligndistil.engine.preparation import prepare
@@ -101,10 +102,7 @@ class _Stage:
 
     def _frozen(self, name: str) -> Model:
         source = self.sources[name]
-        chunks = build_model(source.arch, self.parallel, self.config.precision)
-        checkpoint.load_model(chunks, source.path, source.arch, self.parallel)
-        freeze(chunks)
-        return Model(chunks, source.arch)
+        return load_frozen(source.path, source.arch, self.parallel, self.config.precision)
 
     def _rollouts(self, source: GlobalBatches, config: RolloutConfig, seed: int, num_steps: int) -> Rollouts | None:
         """What the policy answers to prompts, where that is what the algorithm learns on."""

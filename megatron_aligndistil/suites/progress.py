@@ -6,8 +6,8 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megatron_aligndistil.data.progress import counting_bar
 from megatron_aligndistil.suites.asks import Reply
 
 _SECONDS_BETWEEN_LINES = 5.0  # without a terminal
@@ -28,17 +28,7 @@ class AskingProgress:
         self._prompt_tokens = self._completion_tokens = 0
         self._began = time.monotonic()
         self._next_line, self._last_line = 0.1, self._began
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[tokens]}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
+        self._bar = counting_bar(title, self._console, "tokens")
         self._task = self._bar.add_task(title, total=total, completed=done, tokens="")
 
     def __enter__(self) -> AskingProgress:

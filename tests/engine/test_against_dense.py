@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_aligndistil.config import TrainConfig, build, merge
-from megatron_aligndistil.engine.trainer import train
+from megatron_aligndistil.config import merge
 from tests.engine import dense
+from tests.engine.lives import run_training
 from tests.engine.tiny import make_checkpoint
 from tests.models.tiny import MODELS
 
@@ -120,10 +120,6 @@ def configuration(given: Material, case: Case, folder: Path) -> dict[str, Any]:
         "optim": OPTIM,
         "precision": {"dtype": "fp32"},
     }
-
-
-def run_training(values: dict[str, Any]) -> None:
-    train(build(TrainConfig, values))
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

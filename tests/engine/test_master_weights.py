@@ -11,19 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_aligndistil.config import TrainConfig, build, merge
-from megatron_aligndistil.engine.trainer import train
+from megatron_aligndistil.config import merge
 from tests.engine import dense
+from tests.engine.lives import run_training
 from tests.engine.tiny import make_checkpoint
 
 STEPS = 24
 LR = 1e-4
 # A bf16 number of at least 1/4 is 1/512 or more from its neighbours: what is below half of that is lost in bf16.
 LARGE, HALF_STEP = 0.25, 2.0**-10
-
-
-def run_training(values: dict[str, Any]) -> None:
-    train(build(TrainConfig, values))
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_aligndistil.config import ParallelConfig, PrecisionConfig, TrainConfig, build, merge
+from megatron_aligndistil.config import ParallelConfig, PrecisionConfig, merge
 from megatron_aligndistil.engine import trainer
 from megatron_aligndistil.engine.checkpoint import load_model, read_architecture
 from megatron_aligndistil.engine.completions import Completion, Sampling
@@ -23,6 +23,7 @@ from megatron_aligndistil.engine.parallel import parallel_session
 from megatron_aligndistil.engine.schedule import Model
 from megatron_aligndistil.errors import ConfigError
 from tests.engine import dense, lives
+from tests.engine.lives import run_training
 from tests.engine.test_against_dense import DISTIL, OPTIM, tensors_of
 from tests.engine.tiny import make_checkpoint, make_pairs
 
@@ -65,10 +66,6 @@ def configuration(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "precision": {"dtype": "fp32"},
     }
     return merge(values, changes)
-
-
-def run_training(values: dict[str, Any]) -> None:
-    trainer.train(build(TrainConfig, values))
 
 
 def lines_of(run: Path) -> list[dict[str, float]]:

@@ -24,6 +24,7 @@ from megatron_aligndistil.engine.trainer import train
 from megatron_aligndistil.errors import ConfigError
 from megatron_aligndistil.ops.head import LMHead, ScalarHead
 from tests.engine import dense
+from tests.engine.lives import run_training
 from tests.engine.tiny import make_checkpoint, make_pairs
 from tests.parity.steps import Step, assert_close, steps_of
 
@@ -148,10 +149,6 @@ def test_only_response_positions_reach_an_output_layer(workers, folder: Path, tm
         assert sum(positions[:count]) == sum(len(r["chosen_tokens"]) for r in dense.read_pairs(folder / "pairs.jsonl"))
         assert sorted(given) == sorted(positions + positions[:count])
         assert all(few < many for few, many in zip(positions, places, strict=True))
-
-
-def run_training(values: dict[str, Any]) -> None:
-    train(build(TrainConfig, values))
 
 
 def metrics_of(run: Path) -> dict[int, dict[str, float]]:

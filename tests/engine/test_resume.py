@@ -15,16 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_aligndistil.config import TrainConfig, build, merge
-from megatron_aligndistil.engine.trainer import train
+from megatron_aligndistil.config import merge
 from tests.engine import dense
+from tests.engine.lives import run_training
 from tests.engine.tiny import make_checkpoint
 
 STEPS, CUT = 6, 2
-
-
-def run_training(values: dict[str, Any]) -> None:
-    train(build(TrainConfig, values))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from megatron_aligndistil.config import DataConfig, ParallelConfig, PrecisionConfig, TrainConfig, build, merge
+from megatron_aligndistil.config import DataConfig, ParallelConfig, PrecisionConfig, merge
 from megatron_aligndistil.data.dataset import load_dataset
 from megatron_aligndistil.data.loader import GlobalBatches
 from megatron_aligndistil.data.tokenizer import load_tokenizer
@@ -21,8 +20,8 @@ from megatron_aligndistil.engine.checkpoint import load_model, read_architecture
 from megatron_aligndistil.engine.model import build_model
 from megatron_aligndistil.engine.parallel import parallel_session
 from megatron_aligndistil.engine.schedule import Model, frozen_outputs
-from megatron_aligndistil.engine.trainer import train
 from tests.engine import dense
+from tests.engine.lives import run_training
 from tests.engine.tiny import make_checkpoint, make_pairs
 from tests.models.tiny import MODELS
 from tests.parity.steps import watch_all
@@ -90,10 +89,6 @@ def test_gradients(workers, folders, expected, architecture: str, layout: str) -
             assert error < 2e-5, f"{name}: relative error {error:.1e}"
         assert step.metrics["grad_norm"] == pytest.approx(norm, rel=2e-5)
     assert [step.metrics["loss"] for step in steps if "loss" in step.metrics][0] == pytest.approx(loss, rel=1e-5)
-
-
-def run_training(values: Mapping[str, Any]) -> None:
-    train(build(TrainConfig, values))
 
 
 def scores_of(folder: str, data: str, layout: ParallelConfig) -> list[float]:

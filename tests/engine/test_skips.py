@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_aligndistil.config import TrainConfig, build, merge
-from megatron_aligndistil.engine.trainer import train
+from megatron_aligndistil.config import merge
 from megatron_aligndistil.errors import AlignDistilError
+from tests.engine.lives import run_training
 from tests.engine.tiny import make_checkpoint
 
 POISON = 299  # the token whose presence in a response makes the loss of a model not finite
@@ -42,10 +42,6 @@ class Poisoned(DPO):
             return replace(output, loss_sum=output.loss_sum + (output.loss_sum - output.loss_sum.detach()).sqrt())
         return replace(output, loss_sum=output.loss_sum * float(self.config.value))
 """
-
-
-def run_training(values: dict[str, Any]) -> None:
-    train(build(TrainConfig, values))
 
 
 @pytest.fixture

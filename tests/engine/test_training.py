@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_aligndistil.config import TrainConfig, build, merge
-from megatron_aligndistil.engine.trainer import train
+from megatron_aligndistil.config import merge
+from tests.engine.lives import run_training
 from tests.engine.tiny import make_checkpoint, make_pairs
 
 STEPS = 3
@@ -38,10 +38,6 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "on-policy aligndistil": {"name": "aligndistil", "on_policy": True},
     "reinforce": {"name": "reinforce"},
 }
-
-
-def run_training(values: dict[str, Any]) -> None:
-    train(build(TrainConfig, values))
 
 
 @pytest.fixture(scope="module")

@@ -60,9 +60,8 @@ def _answer(config: SuiteConfig, suites: Mapping[str, Suite], out: Path) -> None
     from megatron_aligndistil.data.tokenizer import load_tokenizer
     from megatron_aligndistil.engine import checkpoint
     from megatron_aligndistil.engine.answering import Answerer
-    from megatron_aligndistil.engine.model import build_model, freeze
+    from megatron_aligndistil.engine.frozen import load_frozen
     from megatron_aligndistil.engine.parallel import on_first_rank, parallel_session
-    from megatron_aligndistil.engine.schedule import Model
 
     assert config.model is not None, "checked with the settings"
     if not any(on_first_rank(_missing, config, suite, out / name) for name, suite in suites.items()):
@@ -71,11 +70,9 @@ def _answer(config: SuiteConfig, suites: Mapping[str, Suite], out: Path) -> None
     with parallel_session(config.parallel) as parallel:
         if dist.get_rank() == 0:
             results.write_model(out, config.title, config.identity)
-        chunks = build_model(arch, parallel, config.precision)
-        checkpoint.load_model(chunks, config.model, arch, parallel)
-        freeze(chunks)
+        model = load_frozen(config.model, arch, parallel, config.precision)
         tokenizer = load_tokenizer(checkpoint.description_folder(config.model))
-        answerer = Answerer(Model(chunks, arch), tokenizer, parallel, config.batch_size)
+        answerer = Answerer(model, tokenizer, parallel, config.batch_size)
         for name, suite in suites.items():
             while asks := on_first_rank(_missing, config, suite, out / name):
                 store = answer_store(config, out / name, f"rank{parallel.dp_rank}")
